@@ -1,0 +1,74 @@
+"""Find, explain, measure and relax massive activations in language models.
+
+Importing the package loads neither torch nor transformers: each name is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from melayer.version import __version__
+
+if TYPE_CHECKING:
+    from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError
+    from melayer.locate import Criterion, LocateResult, locate
+    from melayer.models import Loaded, load
+    from melayer.report import write_report
+
+_HOMES = {
+    "load": "melayer.models",
+    "Loaded": "melayer.models",
+    "locate": "melayer.locate",
+    "LocateResult": "melayer.locate",
+    "Criterion": "melayer.locate",
+    "write_report": "melayer.report",
+    "MelayerError": "melayer.errors",
+    "ModelError": "melayer.errors",
+    "ArchitectureError": "melayer.errors",
+    "InputError": "melayer.errors",
+    "OutputError": "melayer.errors",
+}
+
+__all__ = [
+    "ArchitectureError",
+    "Criterion",
+    "InputError",
+    "Loaded",
+    "LocateResult",
+    "MelayerError",
+    "ModelError",
+    "OutputError",
+    "__version__",
+    "load",
+    "locate",
+    "write_report",
+]
+
+
+class _Package(ModuleType):
+    """A package whose functions keep their names when the modules of the same names are imported.
+
+    Importing `melayer.locate` makes Python set the attribute `locate` of this package to that module;
+    `melayer.locate` is to stay the function, whichever of the two is asked for first.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'melayer' has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name]), name)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted(__all__)
+
+
+sys.modules[__name__].__class__ = _Package

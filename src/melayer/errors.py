@@ -1,0 +1,29 @@
+"""Everything that melayer raises on purpose: one base class, one child for each thing that can be wrong.
+
+The message is written for the person who typed the command: what was given, what was expected, what to do.
+The command line prints it and exits with code 2.
+"""
+
+
+class MelayerError(Exception):
+    """Base of all errors that melayer raises on purpose."""
+
+
+class ModelError(MelayerError):
+    """The model or its tokenizer cannot be found, read or trusted."""
+
+
+class ArchitectureError(MelayerError):
+    """A part of the model is not where a decoder has it, so a site would have to be guessed."""
+
+
+class InputError(MelayerError):
+    """The texts or the options do not make a measurement."""
+
+
+class OutputError(MelayerError):
+    """A result cannot be written where it was asked for."""
+
+
+class MelayerWarning(UserWarning):
+    """Something that does not make the answer wrong, but that its reader has to know."""

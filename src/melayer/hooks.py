@@ -1,0 +1,131 @@
+"""The only place that registers hooks: watching tensors at named points, and leaving the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A place in the forward pass where a tensor can be seen: what a module reads, or what it returns."""
+
+    module: nn.Module
+    side: Literal["input", "output"]
+    scale: float = 1.0
+    """What the block multiplies this tensor by before it is used (Granite's residual multiplier)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of one module: the tensor it read, the tensor it returned, and the names of its keyword arguments."""
+
+    name: str
+    read: torch.Tensor | None
+    returned: torch.Tensor | None
+    keywords: frozenset[str]
+    returns_tuple: bool
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    """The hidden state in what a module was given or returned: the tensor itself, or the first in a tuple."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, (tuple, list)):
+        return next((item for item in value if isinstance(item, torch.Tensor)), None)
+    return None
+
+
+def _input_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    found = first_tensor(args)
+    if found is None and "hidden_states" in kwargs:
+        return first_tensor(kwargs["hidden_states"])
+    return found if found is not None else first_tensor(list(kwargs.values()))
+
+
+@contextmanager
+def watch(points: Iterable[tuple[Key, Point]], see: Callable[[Key, torch.Tensor], None]) -> Iterator[None]:
+    """Calls `see(key, tensor)` at every point of every forward pass inside the context.
+
+    The tensor is the model's own: `see` must not write into it. The hooks return nothing, so logits are
+    bit-identical, and they are removed when the context ends, also by an exception.
+
+    Args:
+        points: What to watch, each with the key that `see` is given.
+        see: Receives the key and the tensor [batch, seq, d].
+    """
+
+    def at_input(key: Key, point: Point) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _show(_input_tensor(args, kwargs), key, point)
+
+        return hook
+
+    def at_output(key: Key, point: Point) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            _show(first_tensor(output), key, point)
+
+        return hook
+
+    def _show(tensor: torch.Tensor | None, key: Key, point: Point) -> None:
+        if tensor is None:
+            raise TypeError(f"{type(point.module).__name__} has no tensor at its {point.side}")
+        see(key, tensor if point.scale == 1.0 else tensor * point.scale)
+
+    with ExitStack() as stack:
+        for key, point in points:
+            if point.side == "input":
+                handle = point.module.register_forward_pre_hook(at_input(key, point), with_kwargs=True)
+            else:
+                handle = point.module.register_forward_hook(at_output(key, point))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def record_calls(modules: Iterable[tuple[str, nn.Module]], done: Callable[[Call], None]) -> Iterator[None]:
+    """Calls `done(call)` after each call of each named module inside the context, in the order in which they end.
+
+    Nothing is copied: what was read and returned are the very tensors, so that a reader can tell by identity
+    which module read what another one returned.
+    """
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            done(
+                Call(
+                    name,
+                    _input_tensor(args, kwargs),
+                    first_tensor(output),
+                    frozenset(key for key, value in kwargs.items() if value is not None),
+                    isinstance(output, (tuple, list)),
+                )
+            )
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in modules:
+            stack.callback(module.register_forward_hook(after(name), with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside the context; afterwards each module trains or not as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not inference_mode: buffers that a forward pass caches in the model would be unusable in training.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

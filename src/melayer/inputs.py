@@ -1,0 +1,172 @@
+"""Texts to token rows, and rows to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from melayer.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_MAX_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence as the model gets it."""
+
+    index: int
+    """Its place among the texts given, from 0."""
+    text: str
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    """What each id stands for, as text."""
+    n_dropped: int
+    """How many tokens of the text lie beyond `max_tokens`."""
+    has_bos: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of similar length, padded on the right."""
+
+    rows: tuple[Row, ...]
+    ids: torch.Tensor
+    """[batch, seq]"""
+    attention_mask: torch.Tensor
+    """[batch, seq], 1 for a token and 0 for padding."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of tokens of each row."""
+        return tuple(len(row) for row in self.rows)
+
+
+def builtin_texts() -> list[str]:
+    """The varied texts that melayer measures when it is given none: prose, code, dialogue, arithmetic, a table,
+    Chinese, and a single word.
+    """
+    directory = files("melayer") / "texts"
+    names = sorted(entry.name for entry in directory.iterdir() if entry.name.endswith(".txt"))
+    return [(directory / name).read_text(encoding="utf-8").rstrip("\n") for name in names]
+
+
+def read_texts(path: Path, *, whole: bool = False) -> list[str]:
+    """The texts in a file: one a line (blank lines are skipped), or the whole file as one.
+
+    Raises:
+        InputError: The file cannot be read, is not UTF-8, or holds no text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"The text file {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"The text file {path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. "
+            "Convert it to UTF-8 first."
+        ) from error
+    text = text.removeprefix("\ufeff")
+    texts = [text] if whole else [line for line in text.splitlines() if line.strip()]
+    if not text.strip():
+        raise InputError(f"The text file {path} is empty. Give one with text in it.")
+    return texts
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_tokens: int | None = None,
+    max_positions: int | None = None,
+    bos: bool | None = None,
+) -> tuple[Row, ...]:
+    """The token rows of `texts`.
+
+    Args:
+        tokenizer: The model's.
+        texts: One row each; none may be empty.
+        max_tokens: Tokens kept of each text; by default 512, or the model's positions if they are fewer.
+        max_positions: How many tokens the model was made for.
+        bos: Whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
+
+    Raises:
+        InputError: No text, an empty one, more tokens than positions, or a BOS asked of a tokenizer without one.
+    """
+    if isinstance(texts, str):
+        raise InputError("The texts were given as one string; expected a list of strings. Write [text].")
+    if not texts:
+        raise InputError("There are no texts to measure. Give at least one.")
+    if max_tokens is None:
+        max_tokens = min(DEFAULT_MAX_TOKENS, max_positions or DEFAULT_MAX_TOKENS)
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}; expected at least 1.")
+    if max_positions is not None and max_tokens > max_positions:
+        raise InputError(
+            f"{max_tokens} tokens were asked for, but the model has {max_positions} positions. "
+            f"Give --max-tokens {max_positions} (max_tokens={max_positions}) or fewer."
+        )
+    if bos and tokenizer.bos_token_id is None:
+        raise InputError(
+            "A begin-of-sequence token was asked for, but this tokenizer has none. Leave the choice to the tokenizer."
+        )
+    rows = []
+    for index, text in enumerate(texts):
+        if not text.strip():
+            raise InputError(f"Text {index} is empty. Give texts with at least one word.")
+        ids = tokenizer(text, add_special_tokens=bos is None, verbose=False)["input_ids"]
+        if bos:
+            ids = [tokenizer.bos_token_id, *ids]
+        if not ids:
+            raise InputError(f"Text {index} ({text[:30]!r}) gives no tokens. Give texts with at least one word.")
+        kept = ids[:max_tokens]
+        rows.append(
+            Row(
+                index=index,
+                text=text,
+                ids=tuple(kept),
+                tokens=tuple(token_text(tokenizer, token) for token in kept),
+                n_dropped=len(ids) - len(kept),
+                has_bos=tokenizer.bos_token_id is not None and kept[0] == tokenizer.bos_token_id,
+            )
+        )
+    return tuple(rows)
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What a token stands for; its vocabulary entry where it is only a part of a character."""
+    text = str(tokenizer.decode([token]))
+    if text and "\ufffd" not in text:
+        return text
+    entry = tokenizer.convert_ids_to_tokens(token)
+    return str(entry) if entry is not None else f"<{token}>"
+
+
+def batches(rows: Sequence[Row], *, max_batch_tokens: int = 2048) -> Iterator[Batch]:
+    """The rows in batches of at most `max_batch_tokens` places, longest first so that memory peaks at the start.
+
+    Rows of similar length go together; a row longer than the limit is a batch of its own.
+    """
+    ordered = sorted(rows, key=len, reverse=True)
+    start = 0
+    while start < len(ordered):
+        width = len(ordered[start])
+        taken = tuple(ordered[start : start + max(1, max_batch_tokens // width)])
+        start += len(taken)
+        # Any id does for padding: it comes after the tokens, so that a causal model never shows it to them.
+        ids = torch.zeros(len(taken), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(taken):
+            ids[place, : len(row)] = torch.tensor(row.ids)
+            mask[place, : len(row)] = 1
+        yield Batch(taken, ids, mask)

@@ -1,0 +1,107 @@
+"""What is kept of an activation: per row its largest values with their places, its median, its norms.
+
+Everything is float32 whatever the model's dtype, stays on the model's device, and asks nothing of the host, so
+that a hook may call it for every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+MAP_TOKENS = 48
+"""How many tokens from the start of each row keep their own maximum, for the picture of tokens by blocks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What is kept of an activation [batch, seq, d_model]; every field has the batch in front."""
+
+    values: torch.Tensor
+    """[batch, k] the entries of largest magnitude, signed, largest first; NaN and infinity come before all."""
+    tokens: torch.Tensor
+    """[batch, k] the token of each."""
+    dims: torch.Tensor
+    """[batch, k] the dimension of each."""
+    median_abs: torch.Tensor
+    """[batch] median |h| over the real tokens and all dimensions."""
+    n_massive: torch.Tensor
+    """[batch] how many entries meet the criterion."""
+    top_norm: torch.Tensor
+    """[batch] the norm of the token that holds the largest entry."""
+    others_norm: torch.Tensor
+    """[batch] the median norm of the other tokens; NaN where there is none."""
+    n_non_finite: torch.Tensor
+    """[batch] how many tokens hold a NaN or an infinity."""
+    token_max: torch.Tensor
+    """[batch, MAP_TOKENS] the largest |h| of each of the first tokens; NaN beyond the row's end."""
+
+    def cpu(self) -> Summary:
+        """The same on the host."""
+        return Summary(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
+
+
+def stack(summaries: Sequence[Summary]) -> Summary:
+    """Summaries of several layers as one, with the layer in front: one copy to the host for each field and device."""
+    device = summaries[0].median_abs.device
+    return Summary(
+        **{
+            field.name: torch.stack([getattr(summary, field.name).to(device) for summary in summaries])
+            for field in fields(Summary)
+        }
+    )
+
+
+def summarise(
+    hidden: torch.Tensor, lengths: Sequence[int], *, min_abs: float, min_ratio: float, k: int
+) -> Summary:
+    """The summary of an activation. Padding counts nowhere, and no row depends on another.
+
+    Args:
+        hidden: [batch, seq, d_model], padded on the right.
+        lengths: The number of tokens of each row.
+        min_abs: An entry is massive when |h| > min_abs and |h| > min_ratio * median |h| (Sun et al. 2024,
+            arXiv:2402.17762).
+        min_ratio: See `min_abs`.
+        k: How many of the largest entries to keep.
+    """
+    rows = [
+        _summarise_row(hidden[row, :length].float(), min_abs, min_ratio, k) for row, length in enumerate(lengths)
+    ]
+    return Summary(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _summarise_row(hidden: torch.Tensor, min_abs: float, min_ratio: float, k: int) -> tuple[torch.Tensor, ...]:
+    n_tokens, d_model = hidden.shape
+    magnitude = hidden.abs()
+    token_max = magnitude.amax(dim=-1)
+    # The k largest entries lie in the k tokens with the largest maxima: no sort of the whole activation.
+    candidates = token_max.topk(min(k, n_tokens)).indices
+    top = magnitude[candidates].flatten().topk(min(k, candidates.numel() * d_model)).indices
+    tokens, dims = candidates[top // d_model], top % d_model
+    values = hidden[tokens, dims]
+    median = magnitude.flatten().median()
+    n_massive = (magnitude > torch.clamp(min_ratio * median, min=min_abs)).sum()
+    norms = torch.linalg.vector_norm(hidden, dim=-1)
+    is_top = torch.arange(n_tokens, device=hidden.device) == tokens[0]
+    others = torch.where(is_top, torch.nan, norms).nanmedian()
+    return (
+        _padded(values, k),
+        _padded(tokens, k),
+        _padded(dims, k),
+        median,
+        n_massive,
+        norms[tokens[0]],
+        others,
+        (~torch.isfinite(token_max)).sum(),
+        _padded(token_max[:MAP_TOKENS], MAP_TOKENS),
+    )
+
+
+def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
+    if len(values) == length:
+        return values
+    fill = torch.nan if values.is_floating_point() else -1
+    return torch.cat([values, values.new_full((length - len(values),), fill)])
