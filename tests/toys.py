@@ -73,8 +73,14 @@ CONFIGS = {
     "gemma3": lambda: Gemma3TextConfig(**_COMMON, head_dim=16, sliding_window=16),
     "olmo2": lambda: Olmo2Config(**_COMMON),
     "gpt2": lambda: GPT2Config(
-        n_embd=D_MODEL, n_inner=D_FF, n_layer=N_LAYERS, n_head=4, vocab_size=VOCAB, n_positions=256,
-        bos_token_id=1, eos_token_id=2,
+        n_embd=D_MODEL,
+        n_inner=D_FF,
+        n_layer=N_LAYERS,
+        n_head=4,
+        vocab_size=VOCAB,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
     "gpt_neox-sequential": lambda: GPTNeoXConfig(

@@ -30,7 +30,16 @@ MANIFEST = "melayer-cache.json"
 # Part of the key: raise it when the conversion changes, so that entries of an older melayer are not read.
 FORMAT = 1
 # What transformers, gguf and numpy raise on a file that is not what its header says.
-_CORRUPT = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, struct.error, OverflowError)
+_CORRUPT = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    OverflowError,
+)
 
 
 def cache_directory() -> Path:
@@ -168,11 +177,24 @@ def _end_of_tensors(gguf: Any, path: Path) -> int:
     return start + max(extents, default=0)
 
 
+# Value types of the GGUF specification; 8 is a string and 9 an array.
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<B",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+
+
 class _HeaderReader:
     """The scalar, string and array encodings of a GGUF header, little-endian."""
-
-    # Value types of the GGUF specification; 8 is a string and 9 an array.
-    SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
 
     def __init__(self, file: Any, size: int) -> None:
         self.file = file
@@ -193,15 +215,15 @@ class _HeaderReader:
         return self.file.read(length).decode("utf-8", errors="replace")  # type: ignore[no-any-return]
 
     def value(self, kind: int) -> Any:
-        if kind in self.SCALARS:
-            return self.number(self.SCALARS[kind])
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
         if kind == 8:
             return self.string()
         if kind != 9:
             raise ValueError(f"unknown value type {kind} in the header")
         inner, length = self.number("<I"), self.number("<Q")
-        if inner in self.SCALARS:
-            self.skip(length * struct.calcsize(self.SCALARS[inner]))
+        if inner in _SCALARS:
+            self.skip(length * struct.calcsize(_SCALARS[inner]))
         else:
             for _ in range(length):
                 self.value(inner)

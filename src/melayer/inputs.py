@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from melayer.errors import InputError
 
@@ -33,6 +34,7 @@ class Row:
     has_bos: bool
 
     def __len__(self) -> int:
+        """The number of tokens."""
         return len(self.ids)
 
 
@@ -144,12 +146,18 @@ def encode(
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What a token stands for; its vocabulary entry where it is only a part of a character."""
+    """What a token stands for: its text, or its bytes where it is only a part of a character."""
     text = str(tokenizer.decode([token]))
     if text and "\ufffd" not in text:
         return text
     entry = tokenizer.convert_ids_to_tokens(token)
-    return str(entry) if entry is not None else f"<{token}>"
+    if entry is None:
+        return f"<{token}>"
+    # Byte-level vocabularies spell each byte as a character of its own (GPT-2).
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    if all(character in byte_of for character in entry):
+        return "".join(f"\\x{byte_of[character]:02x}" for character in entry)
+    return str(entry)
 
 
 def batches(rows: Sequence[Row], *, max_batch_tokens: int = 2048) -> Iterator[Batch]:
@@ -170,3 +178,13 @@ def batches(rows: Sequence[Row], *, max_batch_tokens: int = 2048) -> Iterator[Ba
             ids[place, : len(row)] = torch.tensor(row.ids)
             mask[place, : len(row)] = 1
         yield Batch(taken, ids, mask)
+
+
+def visible(token: str) -> str:
+    """A token's text with its white space made visible, for tables and plots."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    if shown.startswith(" "):
+        shown = "␣" + shown[1:]
+    if shown.endswith(" "):
+        shown = shown[:-1] + "␣"
+    return shown

@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from melayer import architecture, hooks
-from melayer.architecture import Decoder
+from melayer.architecture import Decoder, Site
 from melayer.errors import InputError
 from melayer.hooks import Point
-from melayer.inputs import Batch, Row, batches, builtin_texts, encode
+from melayer.inputs import Batch, Row, batches, builtin_texts, encode, visible
 from melayer.provenance import ModelInfo, describe
 from melayer.statistics import MAP_TOKENS, Summary, stack, summarise
 from melayer.version import __version__
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Emergence = Literal["single", "staged", "gradual", "none"]
 Progress = Callable[[int, int], None]
@@ -54,6 +53,7 @@ class Criterion:
     """A shorter sequence has too few ordinary tokens for its median to mean anything, and does not vote."""
 
     def __post_init__(self) -> None:
+        """Refuse thresholds that no activation can meet or miss."""
         for name in ("min_abs", "min_ratio"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; expected a number of at least 0.")
@@ -232,10 +232,10 @@ class LocateResult:
             "gradual": "it grows gradually over many blocks",
             "none": "its growth could not be followed",
         }[self.emergence]
-        erased = f", and is erased at {_blocks(self.erased_at)}" if self.erased_at else ""
+        erased = f", and it is erased at {_blocks(self.erased_at)}" if self.erased_at else ""
         return (
             f"The ME layer is block {self.me_layer} of {self.model.n_layers} (0-based): there token "
-            f"{row.token_index} ({row.token!r}) reaches |h| = {row.max_abs:,.0f} in dimension {row.dim}, "
+            f"{row.token_index} (“{visible(row.token)}”) reaches |h| = {row.max_abs:,.0f} in dimension {row.dim}, "
             f"{row.ratio:,.0f} times the median; {how}{erased}."
         )
 
@@ -245,7 +245,7 @@ def _blocks(layers: Sequence[int]) -> str:
 
 
 def locate(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     texts: Sequence[str] | None = None,
@@ -337,9 +337,7 @@ def _summaries(
         seen: dict[int, Summary] = {}
 
         def see(layer: int, hidden: torch.Tensor, lengths: Sequence[int] = batch.lengths, into: Any = seen) -> None:
-            into[layer] = summarise(
-                hidden, lengths, min_abs=criterion.min_abs, min_ratio=criterion.min_ratio, k=k
-            )
+            into[layer] = summarise(hidden, lengths, min_abs=criterion.min_abs, min_ratio=criterion.min_ratio, k=k)
 
         with hooks.watch(points, see):
             _forward(decoder.model, batch)
@@ -354,8 +352,8 @@ def _summaries(
     return found
 
 
-def _forward(model: nn.Module, batch: Batch) -> None:
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+def _forward(model: PreTrainedModel, batch: Batch) -> None:
+    device = model.get_input_embeddings().weight.device
     if device.type == "meta":  # offloaded: accelerate moves the inputs where they are needed
         device = torch.device("cpu")
     inputs = {"input_ids": batch.ids.to(device), "attention_mask": batch.attention_mask.to(device)}
@@ -386,10 +384,9 @@ def _courses(
     for sequence, (row, token) in targets.items():
         sharing.setdefault(row.ids[: token + 1], []).append(sequence)
     prefixes = [
-        Row(index=place, text="", ids=ids, tokens=(), n_dropped=0, has_bos=False)
-        for place, ids in enumerate(sharing)
+        Row(index=place, text="", ids=ids, tokens=(), n_dropped=0, has_bos=False) for place, ids in enumerate(sharing)
     ]
-    watched = ("block_in", "attn_out", "ffn_out", "block_out")
+    watched: tuple[Site, ...] = ("block_in", "attn_out", "ffn_out", "block_out")
     points = [
         ((block.layer, site), block.sites[site]) for block in decoder.blocks for site in watched if site in block.sites
     ]
@@ -488,12 +485,12 @@ def _conclude(
         )
     elif len(voters) < len(rows):
         notes.append(
-            f"{len(rows) - len(voters)} of {len(rows)} texts have fewer than {criterion.min_tokens} tokens; they are "
-            "listed, but do not vote on the ME layer."
+            f"Too short to vote on the ME layer (fewer than {criterion.min_tokens} tokens): "
+            f"{len(rows) - len(voters)} of {len(rows)} texts."
         )
     dropped = [row.index for row in rows if row.n_dropped]
     if dropped:
-        notes.append(f"{len(dropped)} of {len(rows)} texts were cut to {max(map(len, rows))} tokens.")
+        notes.append(f"Cut to {max(map(len, rows))} tokens: {len(dropped)} of {len(rows)} texts.")
     holding = np.stack([summaries[row.index].n_massive[1:] > 0 for row in rows])
     finite = np.stack([summaries[row.index].n_non_finite[1:] == 0 for row in rows])
     holding &= finite
@@ -507,6 +504,7 @@ def _conclude(
         }
     non_finite = _first_non_finite(rows, summaries)
     trace, followed = _follow(decoder, rows, summaries, targets, max_batch_tokens, drawn=non_finite is None)
+    followed = {sequence: found for sequence, found in followed.items() if sequence in voters}
     mean = np.mean([shares for _, _, shares in followed.values()], axis=0) if followed else np.zeros((0, 3))
     shares = tuple(
         Stage(layer, *(None if np.isnan(part) else float(part) for part in mean[layer]))  # type: ignore[arg-type]

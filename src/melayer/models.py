@@ -139,7 +139,7 @@ def _converted(name: str, path: Path) -> Source:
 
 def _may_be_hub_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     if name.startswith((".", "/", "~")):
         return False
@@ -234,7 +234,7 @@ def _read_model(
             f"The checkpoint {source.name} lacks {len(missing)} of the weights that {type(model).__name__} needs "
             f"(the first is {missing[0]}), and they would be random. Give a complete causal language model."
         )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _read_tokenizer(source: Source, options: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -293,3 +293,25 @@ def _device(name: str) -> torch.device:
     if device.type == "meta":
         raise ModelError("The device 'meta' holds no numbers to measure. Use --device auto, or cpu.")
     return device
+
+
+def weight_hashes(model: PreTrainedModel, name: str) -> dict[str, str]:
+    """The sha256 of each file of weights that a model was loaded from; empty where they are not on this disk.
+
+    Args:
+        model: As `load` returned it.
+        name: As it was given to `load`; a GGUF file is hashed as it came, not as it was converted.
+    """
+    source = find(name)
+    if source.gguf_sha256 is not None:
+        file = demo_file() if name == "demo" else Path(name)
+        return {file.name: source.gguf_sha256}
+    directory = Path(source.location)
+    if not source.is_local:
+        from transformers.utils import cached_file
+
+        config = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        if config is None:
+            return {}
+        directory = Path(config).parent
+    return {file.name: gguf_cache.sha256_of(file) for file in sorted(directory.glob("*.safetensors"))}

@@ -54,9 +54,7 @@ def stack(summaries: Sequence[Summary]) -> Summary:
     )
 
 
-def summarise(
-    hidden: torch.Tensor, lengths: Sequence[int], *, min_abs: float, min_ratio: float, k: int
-) -> Summary:
+def summarise(hidden: torch.Tensor, lengths: Sequence[int], *, min_abs: float, min_ratio: float, k: int) -> Summary:
     """The summary of an activation. Padding counts nowhere, and no row depends on another.
 
     Args:
@@ -67,9 +65,7 @@ def summarise(
         min_ratio: See `min_abs`.
         k: How many of the largest entries to keep.
     """
-    rows = [
-        _summarise_row(hidden[row, :length].float(), min_abs, min_ratio, k) for row, length in enumerate(lengths)
-    ]
+    rows = [_summarise_row(hidden[row, :length].float(), min_abs, min_ratio, k) for row, length in enumerate(lengths)]
     return Summary(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 

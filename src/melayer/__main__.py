@@ -1,0 +1,5 @@
+"""`python -m melayer`."""
+
+from melayer.cli import main
+
+main()

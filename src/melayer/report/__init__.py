@@ -1,0 +1,5 @@
+"""Results to one self-contained HTML page and one JSON file."""
+
+from melayer.report.page import check_writable, write_report
+
+__all__ = ["check_writable", "write_report"]

@@ -1,0 +1,151 @@
+"""One HTML file that works offline, and the same results as JSON beside it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from melayer.errors import OutputError
+from melayer.locate import LocateResult
+from melayer.provenance import versions
+from melayer.report.locate import section as locate_section
+from melayer.report.sections import Plot, Section
+from melayer.version import __version__
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of a report."""
+
+    html: Path
+    json: Path
+
+
+def check_writable(out: Path) -> None:
+    """Make the directory `out` if it is missing, and raise OutputError unless a file can be written in it.
+
+    Meant to be called before the measurement, so that nobody waits for a report that has no place to go.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"The report cannot be written to {out}: {error.strerror}. Give another directory with --out."
+        ) from error
+
+
+def write_report(
+    result: LocateResult,
+    out: str | Path,
+    *,
+    command: str | None = None,
+    device: str | None = None,
+    weights: dict[str, str] | None = None,
+) -> Written:
+    """Writes `report.html` and `report.json` into `out`; each appears whole or not at all.
+
+    Args:
+        result: What `locate` found.
+        out: A directory; made if it is missing.
+        command: The command that made the report, for its provenance.
+        device: Where the model ran.
+        weights: The sha256 of each file of weights.
+
+    Raises:
+        OutputError: `out` cannot be written.
+
+    Example:
+        >>> melayer.write_report(result, "out")  # doctest: +SKIP
+    """
+    out = Path(out)
+    check_writable(out)
+    provenance = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "device": device,
+        "weights_sha256": weights or {},
+        "versions": versions(),
+    }
+    values = {"melayer_version": __version__, "provenance": provenance, "locate": result.to_dict()}
+    page = render([locate_section(result)], result, provenance)
+    written = Written(out / "report.html", out / "report.json")
+    _replace(written.json, json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False))
+    _replace(written.html, page)
+    return written
+
+
+def render(sections: list[Section], result: LocateResult, provenance: dict[str, Any]) -> str:
+    """The page as text. Whatever comes from a model or a user is escaped by the template."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    templates = files("melayer.report") / "templates"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.tests["plot"] = lambda part: isinstance(part, Plot)
+    plots = {part.key: part.figure for section in sections for part in section.parts if isinstance(part, Plot)}
+    template = environment.from_string((templates / "report.html").read_text(encoding="utf-8"))
+    return template.render(
+        sections=sections,
+        model=result.model,
+        notes=result.notes,
+        facts=_facts(result, provenance),
+        # `<` never appears as itself inside a script, so that no text can close it.
+        figures=json.dumps(plots, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
+        plotly=get_plotlyjs(),
+        style=(templates / "report.css").read_text(encoding="utf-8"),
+        script=(templates / "report.js").read_text(encoding="utf-8"),
+    )
+
+
+def _facts(result: LocateResult, provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    criterion, settings, model = result.criterion, result.settings, result.model
+    bos = settings["bos"]
+    asked = {None: "left to the tokenizer", True: "asked for", False: "left out on request"}[bos["asked"]]
+    facts = [
+        ("Model", f"{model.name} ({model.family}, {model.n_layers} blocks, d_model {model.d_model})"),
+        ("Fingerprint of the weights", model.fingerprint),
+        *((f"sha256 of {name}", digest) for name, digest in provenance["weights_sha256"].items()),
+        ("dtype, device", f"{model.dtype}, {provenance['device'] or 'not recorded'}"),
+        (
+            "Criterion",
+            f"|h| > {criterion.min_abs:g} and |h| > {criterion.min_ratio:g} × median (Sun et al. 2024); ME layer: "
+            f"in more than {criterion.majority:.0%} of the texts and for at least {criterion.persistence:.0%} of the "
+            "blocks",
+        ),
+        ("Texts", f"{settings['texts']}: {settings['n_sequences']} texts, {settings['n_tokens']:,} tokens"),
+        ("Begin-of-sequence token", f"{asked}; {bos['sequences_with_bos']} texts start with it"),
+        ("Counting", "blocks, tokens and dimensions from 0"),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())),
+        ("Made", provenance["date"]),
+    ]
+    if provenance["command"]:
+        facts.append(("Command", provenance["command"]))
+    return facts
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}. Free some space or give another directory with --out."
+        ) from error

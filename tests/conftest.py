@@ -1,0 +1,55 @@
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import toys
+from transformers.utils import logging
+
+from melayer import models
+from melayer.errors import ModelError
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return toys.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def toy_directory(tmp_path_factory):
+    """A Llama toy with a massive activation (block 3, dimension 7, 3000), saved with its tokenizer."""
+    directory = tmp_path_factory.mktemp("toy")
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    model.save_pretrained(directory)
+    toys.tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo model. Skipped where its package is missing, except in CI, which installs it."""
+    try:
+        return models.load("demo")
+    except ModelError as error:
+        if os.environ.get("CI") or "is not installed" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def _own_warnings_are_errors():
+    from melayer.errors import MelayerWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MelayerWarning)
+        yield
+
+
+@pytest.fixture
+def python():
+    """The interpreter and an environment in which the tests' own modules can be imported."""
+    return sys.executable, {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
