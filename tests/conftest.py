@@ -4,9 +4,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-import toys
 from transformers.utils import logging
 
+import toys
 from melayer import models
 from melayer.errors import ModelError
 

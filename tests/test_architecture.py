@@ -1,6 +1,5 @@
 import pytest
 import torch
-import toys
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -11,6 +10,7 @@ from transformers import (
     MambaConfig,
 )
 
+import toys
 from melayer import architecture
 from melayer.errors import ArchitectureError
 from melayer.hooks import watch

@@ -1,8 +1,8 @@
 import pytest
 import torch
-import toys
 from torch import nn
 
+import toys
 from melayer import architecture
 from melayer.hooks import Point, first_tensor, measuring, watch
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -280,3 +281,53 @@ def capture(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+def write_gguf(path: Path, *, pre: str = "gpt-2") -> None:
+    """A tiny Llama as GGUF (float32), with a byte-level vocabulary and one merge."""
+    import gguf
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    generator = torch.Generator().manual_seed(0)
+    alphabet = sorted(bytes_to_unicode().values())
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "he"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(4)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+
+    def tensor(name: str, *shape: int) -> None:
+        writer.add_tensor(name, (torch.randn(shape, generator=generator) * 0.05).numpy())
+
+    tensor("token_embd.weight", len(tokens), 32)
+    tensor("output_norm.weight", 32)
+    tensor("output.weight", len(tokens), 32)
+    for i in range(4):
+        tensor(f"blk.{i}.attn_norm.weight", 32)
+        tensor(f"blk.{i}.ffn_norm.weight", 32)
+        tensor(f"blk.{i}.attn_q.weight", 32, 32)
+        tensor(f"blk.{i}.attn_k.weight", 16, 32)
+        tensor(f"blk.{i}.attn_v.weight", 16, 32)
+        tensor(f"blk.{i}.attn_output.weight", 32, 32)
+        tensor(f"blk.{i}.ffn_gate.weight", 48, 32)
+        tensor(f"blk.{i}.ffn_up.weight", 48, 32)
+        tensor(f"blk.{i}.ffn_down.weight", 32, 48)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,162 @@
+"""The command as a person types it: what it prints, where, and with which exit code."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, BertConfig
+from typer.testing import CliRunner
+
+import melayer
+import toys
+from melayer import cli
+from melayer.locate import Criterion
+
+TEXT = toys.text(20, x_at=4)
+
+
+def run(*arguments, **environment):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", **environment})
+
+
+def failing(*arguments):
+    done = run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    assert done.stderr.startswith("melayer: ")
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stderr.split())
+
+
+def test_locate_prints_the_answer(toy_directory):
+    done = run("locate", toy_directory, "--text", TEXT)
+    assert done.exit_code == 0, done.output
+    assert "The ME layer is block 3 of 8 (0-based): there token 4 (“X”) reaches |h| =" in done.stdout
+    assert "<- ME layer" in done.stdout
+    assert "Emergence: single" in done.stdout
+
+
+def test_json_is_to_dict_and_nothing_else(toy_directory):
+    done = run("locate", toy_directory, "--text", TEXT, "--text", "w1 w2", "--json")
+    loaded = melayer.load(str(toy_directory))
+    result = melayer.locate(loaded.model, loaded.tokenizer, texts=[TEXT, "w1 w2"], name=str(toy_directory))
+    assert json.loads(done.stdout) == json.loads(json.dumps(result.to_dict()))
+
+
+def test_options_have_the_names_and_defaults_of_the_function():
+    options = {name: p.default for name, p in inspect.signature(cli.locate_command).parameters.items()}
+    function = {name: p.default for name, p in inspect.signature(melayer.locate).parameters.items()}
+    for name in ("max_tokens", "bos", "max_listed", "max_batch_tokens"):
+        assert options[name] == function[name]
+    for name, default in vars(Criterion()).items():
+        assert options[name] == default
+    load = {name: p.default for name, p in inspect.signature(melayer.load).parameters.items()}
+    for name in ("dtype", "device", "device_map", "allow_pickle", "trust_remote_code", "revision"):
+        assert options[name] == load[name]
+    report = {name: p.default for name, p in inspect.signature(cli.report_command).parameters.items()}
+    assert {name: report[name] for name in options} == options
+
+
+def test_files_limits_and_bos(toy_directory, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(toys.text(12, x_at=4, seed=s) for s in range(5)))
+    values = json.loads(run("locate", toy_directory, "--file", file, "--limit", 3, "--bos", "--json").stdout)
+    assert values["settings"]["n_sequences"] == 3
+    assert values["settings"]["bos"] == {"asked": True, "sequences_with_bos": 3}
+    whole = json.loads(run("locate", toy_directory, "--file", file, "--whole-file", "--json").stdout)
+    assert whole["settings"]["n_sequences"] == 1
+    builtin = json.loads(run("locate", toy_directory, "--limit", 2, "--json").stdout)
+    assert builtin["settings"]["n_sequences"] == 2
+
+
+def test_without_an_me_layer_the_exit_code_is_0(toy_directory):
+    done = run("locate", toy_directory, "--text", toys.text(20, x_at=None))
+    assert done.exit_code == 0
+    assert "No massive activation was found" in done.stdout
+
+
+def test_bad_input(toy_directory, tmp_path):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("")
+    cases = {
+        "There is no model": ("locate", "./nowhere"),
+        "holds no config.json": ("locate", tmp_path),
+        "Text 0 is empty": ("locate", toy_directory, "--text", " "),
+        "is empty. Give one with text": ("locate", toy_directory, "--file", tmp_path / "empty.txt"),
+        "is not UTF-8: byte 3": ("locate", toy_directory, "--file", latin),
+        "300 tokens were asked for, but the model has 256 positions": (
+            "locate", toy_directory, "--max-tokens", 300,
+        ),
+        "--whole-file says how to read a file, but no --file": ("locate", toy_directory, "--whole-file"),
+        "expected NAME=PATH, for example ffn=feed_forward": ("locate", toy_directory, "--part", "ffn"),
+        "There is no part 'mlp' to name": ("locate", toy_directory, "--part", "mlp=mlp", "--text", TEXT),
+        "majority is 2.0; expected a share": ("locate", toy_directory, "--majority", 2),
+        "cannot be used here": ("locate", toy_directory, "--device", "cuda:9"),
+        "The report cannot be written to": ("report", toy_directory, "--out", "/proc/melayer"),
+    }  # fmt: skip
+    for message, arguments in cases.items():
+        assert message in failing(*arguments)
+
+
+def test_an_encoder_only_model(tmp_path):
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    toys.tokenizer().save_pretrained(tmp_path)
+    assert "is not a causal decoder" in failing("locate", tmp_path, "--text", TEXT)
+
+
+def test_nan_weights_are_a_finding_and_not_a_crash(tmp_path):
+    model = toys.make("llama")
+    with torch.no_grad():
+        toys.blocks(model)[2].mlp.down_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    toys.tokenizer().save_pretrained(tmp_path)
+    done = run("locate", tmp_path, "--text", TEXT)
+    assert done.exit_code == 0
+    assert "Non-finite activations in float32: the first (nan) is in the output of block 2" in done.stdout
+    out = tmp_path / "out"
+    assert run("report", tmp_path, "--text", TEXT, "--out", out).exit_code == 0
+    assert json.loads((out / "report.json").read_text())["locate"]["blocks"][2]["max_abs"] is None
+
+
+def test_debug_shows_the_trace():
+    done = run("locate", "./nowhere", "--debug")
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr
+    assert "ModelError" in done.stderr
+
+
+def test_a_note_is_a_line_on_stderr(tmp_path):
+    path = tmp_path / "odd.gguf"
+    toys.write_gguf(path, pre="of-tomorrow")
+    done = run("locate", path, "--text", "hello there, this is a text", MELAYER_CACHE=str(tmp_path / "cache"))
+    assert done.exit_code == 0, done.output
+    assert "Note: The GGUF file names the pre-tokenizer 'of-tomorrow'" in " ".join(done.stderr.split())
+
+
+def test_help_and_version():
+    assert run("--version").stdout.strip() == melayer.__version__
+    for command in ("locate", "report"):
+        assert f"Example: melayer {command} demo" in run(command, "--help").stdout
+
+
+def test_data_goes_to_stdout_and_colour_only_where_it_is_wanted(toy_directory):
+    command = [sys.executable, "-m", "melayer", "locate", str(toy_directory), "--text", TEXT]
+    plain = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "NO_COLOR": "1", "FORCE_COLOR": "1"}
+    )
+    assert "\x1b[3" not in plain.stdout  # no colour; bold may stay
+    assert plain.stdout.startswith(("The ME layer is block 3", "\x1b[1mThe ME layer is block 3"))
+
+
+def test_a_report_is_written(toy_directory, tmp_path):
+    done = run("report", toy_directory, "--text", TEXT, "--out", tmp_path / "a" / "b")
+    assert done.exit_code == 0, done.output
+    values = json.loads((tmp_path / "a" / "b" / "report.json").read_text())
+    assert values["locate"]["me_layer"] == 3
+    assert values["provenance"]["weights_sha256"].keys() == {"model.safetensors"}
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["report.html", "report.json"]
