@@ -35,7 +35,7 @@ def test_residual_identities(family):
     assert decoder.d_model == toys.D_MODEL
     for block in decoder.blocks:
         at = {site: seen[block.layer, site] for site in block.sites}
-        close = dict(rtol=1e-5, atol=1e-5)
+        close = {"rtol": 1e-5, "atol": 1e-5}
         if family in toys.PARALLEL:
             assert "mid" not in at
             torch.testing.assert_close(at["block_out"], at["block_in"] + at["attn_out"] + at["ffn_out"], **close)

@@ -1,9 +1,9 @@
 import json
-import os
 import resource
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,7 +176,7 @@ def test_ids_of_the_demo_are_those_of_the_original(demo):
     assert "You are a helpful AI assistant named SmolLM" in ids.chat_template
     manifest = json.loads(
         (gguf_cache.cache_directory() / "gguf")
-        .joinpath(os.path.basename(demo.model.name_or_path), gguf_cache.MANIFEST)
+        .joinpath(Path(demo.model.name_or_path).name, gguf_cache.MANIFEST)
         .read_text()
     )
     assert manifest["source"].endswith(".gguf")

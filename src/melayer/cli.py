@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -260,11 +261,12 @@ def _load(
     revision: str | None,
 ) -> Loaded:
     with _console().status(f"Loading {model} (a GGUF file is unpacked once, which takes half a minute)"):
+        # What transformers says while it loads is for its own users; what matters comes back as our errors.
+        os.environ.setdefault("TQDM_DISABLE", "1")
         from transformers.utils import logging
 
         from melayer.models import load
 
-        # What transformers says while it loads is for its own users; what matters comes back as our errors.
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         return load(
@@ -297,7 +299,8 @@ def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn(f"{unit}, {{task.fields[rate]}}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_console(), transient=True) as bar:
+    console = _console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, rate="")
 
         def advance(done: int, total: int) -> None:
@@ -320,16 +323,16 @@ def _session(debug: bool) -> Iterator[None]:
             shown(message, category, *rest, **more)
 
     shown = warnings.showwarning
-    warnings.showwarning = show
-    try:
-        yield
-    except MelayerError as error:
-        if debug:
-            traceback.print_exc()
-        console.print(f"melayer: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    finally:
-        warnings.showwarning = shown
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MelayerWarning)
+        warnings.showwarning = show
+        try:
+            yield
+        except MelayerError as error:
+            if debug:
+                traceback.print_exc()
+            console.print(f"melayer: {error}", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from error
 
 
 def main() -> None:

@@ -213,6 +213,8 @@ def _tokens(result: LocateResult, trace: Trace) -> Plot:
                 "yaxis": {
                     "autorange": "reversed",
                     "type": "category",
+                    "dtick": 1,
+                    "tickfont": {"size": 11},
                     "title": {"text": "token"},
                     "automargin": True,
                 },
