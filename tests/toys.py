@@ -284,13 +284,13 @@ def capture(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def write_gguf(path: Path, *, pre: str = "gpt-2") -> None:
-    """A tiny Llama as GGUF (float32), with a byte-level vocabulary and one merge."""
+    """A tiny Llama as GGUF (float32), with a byte-level vocabulary and two merges."""
     import gguf
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     generator = torch.Generator().manual_seed(0)
     alphabet = sorted(bytes_to_unicode().values())
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "he"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "he", "hel"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(32)
@@ -304,7 +304,7 @@ def write_gguf(path: Path, *, pre: str = "gpt-2") -> None:
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "he l"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
