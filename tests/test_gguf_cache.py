@@ -2,7 +2,6 @@ import json
 import resource
 import signal
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
@@ -70,27 +69,29 @@ def test_a_damaged_entry_is_made_again(gguf_file, tmp_path, damage):
     assert weights.read_bytes() == content
 
 
-def test_two_at_once_convert_once(gguf_file, tmp_path, monkeypatch):
-    written = []
-    write = gguf_cache._write_entry
-    monkeypatch.setattr(gguf_cache, "_write_entry", lambda *args: (written.append(args), write(*args)))
-    found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(gguf_cache.convert(gguf_file, cache=tmp_path))) for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(written) == 1
-    assert len(found) == 3
-    assert len(set(found)) == 1
-    assert entries(tmp_path) == [found[0].name]
-
-
 def run(code, python, **options):
     interpreter, environment = python
     return subprocess.run([interpreter, "-c", code], env=environment, capture_output=True, text=True, **options)
+
+
+def test_two_processes_at_once_convert_once(gguf_file, tmp_path, python):
+    # Each says when it writes; the second must wait for the first and then read.
+    code = (
+        "import pathlib\nfrom melayer import gguf_cache\n"
+        "write = gguf_cache._write_entry\n"
+        "def told(*args):\n    print('writes'); write(*args)\n"
+        "gguf_cache._write_entry = told\n"
+        f"print(gguf_cache.convert(pathlib.Path({str(gguf_file)!r}), cache=pathlib.Path({str(tmp_path)!r})).name)"
+    )
+    interpreter, environment = python
+    both = [
+        subprocess.Popen([interpreter, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[0].split() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("writes" in lines for lines in said) == 1
+    assert entries(tmp_path) == [said[0][-1]] == [said[1][-1]]
 
 
 def test_a_kill_in_the_middle_leaves_nothing_that_is_used(gguf_file, tmp_path, python):
