@@ -26,6 +26,8 @@ ORDER = (
     "report.locate",
     "report.page",
     "report",
+    "terminal.tables",
+    "terminal.locate",
     "terminal",
     "cli",
     "__main__",

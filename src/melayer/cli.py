@@ -262,7 +262,6 @@ def _load(
 ) -> Loaded:
     with _console().status(f"Loading {model} (a GGUF file is unpacked once, which takes half a minute)"):
         # What transformers says while it loads is for its own users; what matters comes back as our errors.
-        os.environ.setdefault("TQDM_DISABLE", "1")
         from transformers.utils import logging
 
         from melayer.models import load
@@ -315,6 +314,8 @@ def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 def _session(debug: bool) -> Iterator[None]:
     """Turns our errors into a sentence and exit code 2, and our warnings into a line."""
     console = _console()
+    # Before tqdm is imported, which reads it then: transformers draws bars of its own while it unpacks a GGUF file.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, MelayerWarning):

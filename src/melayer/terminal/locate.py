@@ -1,21 +1,20 @@
-"""Results as tables for a person at a terminal."""
+"""A locate result at a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from melayer.inputs import visible
+from melayer.terminal.tables import number, table
 
 if TYPE_CHECKING:
     from melayer.locate import LocateResult
 
 _LISTED = 12
-_WRAPPED = "begins"  # the column that gives way where the terminal is narrow
 
 
 def show_locate(result: LocateResult, console: Console) -> None:
@@ -37,28 +36,6 @@ def show_locate(result: LocateResult, console: Console) -> None:
         style="dim",
         highlight=False,
     )
-
-
-def _table(title: str, columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[Any]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    shown = [[str(cell) for cell in row] for row in rows]
-    for place, (name, numeric) in enumerate(columns):
-        width = max([len(name), *(len(row[place]) for row in shown)]) if numeric else None
-        table.add_column(
-            name,
-            justify="right" if numeric else "left",
-            min_width=width,
-            overflow="fold",
-            no_wrap=name != _WRAPPED,
-        )
-    for row in shown:
-        table.add_row(*map(escape, row))
-    table.title = f"\n{title}"
-    return table
-
-
-def _number(value: float | None, digits: int = 0) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def _blocks(result: LocateResult) -> Table:
@@ -90,8 +67,8 @@ def _blocks(result: LocateResult) -> Table:
         rows.append(
             [
                 row.layer,
-                _number(row.max_abs, 1),
-                _number(row.ratio),
+                number(row.max_abs, 1),
+                number(row.ratio),
                 row.token_index,
                 visible(row.token),
                 row.dim,
@@ -101,7 +78,7 @@ def _blocks(result: LocateResult) -> Table:
                 ", ".join(mark),
             ]
         )
-    return _table("Blocks", columns, rows)
+    return table("Blocks", columns, rows)
 
 
 def _stages(result: LocateResult) -> Table:
@@ -112,7 +89,7 @@ def _stages(result: LocateResult) -> Table:
         if share.layer in stages or share.layer in result.erased_at:
             parts = ["-" if part is None else f"{part:+.1%}" for part in (share.attn_share, share.ffn_share)]
             rows.append([share.layer, "adds" if share.share > 0 else "erases", f"{share.share:+.1%}", *parts])
-    return _table(f"Emergence: {result.emergence}", columns, rows)
+    return table(f"Emergence: {result.emergence}", columns, rows)
 
 
 def _massive(result: LocateResult) -> Table:
@@ -120,8 +97,8 @@ def _massive(result: LocateResult) -> Table:
     at = [scalar for scalar in result.massive if scalar.layer == result.me_layer] or list(result.massive)
     where = f"at block {result.me_layer}" if result.me_layer is not None else "at every block"
     more = f", {_LISTED} of {len(at)}" if len(at) > _LISTED else ""
-    rows = [[s.layer, s.sequence, s.token_index, visible(s.token), s.dim, _number(s.value, 1)] for s in at[:_LISTED]]
-    return _table(f"Massive scalars {where}{more}", columns, rows)
+    rows = [[s.layer, s.sequence, s.token_index, visible(s.token), s.dim, number(s.value, 1)] for s in at[:_LISTED]]
+    return table(f"Massive scalars {where}{more}", columns, rows)
 
 
 def _sequences(result: LocateResult) -> Table:
@@ -139,4 +116,4 @@ def _sequences(result: LocateResult) -> Table:
         massive = "-" if row.massive_token is None else f"{row.massive_token_index}: {visible(row.massive_token)}"
         begins = visible(row.text[:32])
         rows.append([row.index, row.n_tokens, holds, massive, visible(row.first_token), begins])
-    return _table("Texts", columns, rows)
+    return table("Texts", columns, rows)
