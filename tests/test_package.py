@@ -22,6 +22,8 @@ ORDER = (
     "inputs",
     "statistics",
     "locate",
+    "attention",
+    "sinks",
     "report.sections",
     "report.locate",
     "report.page",

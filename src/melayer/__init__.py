@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from melayer.locate import Criterion, LocateResult, locate
     from melayer.models import Loaded, load
     from melayer.report import write_report
+    from melayer.sinks import SinksResult, sinks
 
 _HOMES = {
     "load": "melayer.models",
@@ -24,6 +25,8 @@ _HOMES = {
     "locate": "melayer.locate",
     "LocateResult": "melayer.locate",
     "Criterion": "melayer.locate",
+    "sinks": "melayer.sinks",
+    "SinksResult": "melayer.sinks",
     "write_report": "melayer.report",
     "MelayerError": "melayer.errors",
     "ModelError": "melayer.errors",
@@ -41,9 +44,11 @@ __all__ = [
     "MelayerError",
     "ModelError",
     "OutputError",
+    "SinksResult",
     "__version__",
     "load",
     "locate",
+    "sinks",
     "write_report",
 ]
 

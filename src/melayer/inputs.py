@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -145,6 +147,53 @@ def encode(
     return tuple(rows)
 
 
+def windows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    length: int,
+    *,
+    max_positions: int | None = None,
+    bos: bool | None = None,
+) -> tuple[Row, ...]:
+    """The texts cut into sequences of exactly `length` tokens, one after the other; what is left over is dropped.
+
+    Each window is a sequence of its own: where the text starts with BOS, so does every window.
+
+    Raises:
+        InputError: `length` is below 2 or beyond the model's positions, or no text has that many tokens.
+    """
+    if length < 2:
+        raise InputError(f"The length T is {length}; expected at least 2, a key and a later query.")
+    if max_positions is not None and length > max_positions:
+        raise InputError(
+            f"Sequences of T = {length} tokens were asked for, but the model has {max_positions} positions. "
+            f"Give a T of at most {max_positions}."
+        )
+    found: list[Row] = []
+    longest = 0
+    for row in encode(tokenizer, texts, max_tokens=sys.maxsize, bos=bos):
+        longest = max(longest, len(row))
+        head = 1 if row.has_bos else 0
+        step = length - head
+        for start in range(head, len(row) - step + 1, step):
+            found.append(
+                Row(
+                    index=len(found),
+                    text=row.text,
+                    ids=row.ids[:head] + row.ids[start : start + step],
+                    tokens=row.tokens[:head] + row.tokens[start : start + step],
+                    n_dropped=0,
+                    has_bos=row.has_bos,
+                )
+            )
+    if not found:
+        raise InputError(
+            f"No text has T = {length} tokens; the longest has {longest}. "
+            f"Give longer texts, or a T of at most {longest}."
+        )
+    return tuple(found)
+
+
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """What a token stands for: its text, or its bytes where it is only a part of a character."""
     text = str(tokenizer.decode([token]))
@@ -153,11 +202,16 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     entry = tokenizer.convert_ids_to_tokens(token)
     if entry is None:
         return f"<{token}>"
-    # Byte-level vocabularies spell each byte as a character of its own (GPT-2).
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    byte_of = _bytes_of_characters()
     if all(character in byte_of for character in entry):
         return "".join(f"\\x{byte_of[character]:02x}" for character in entry)
     return str(entry)
+
+
+@functools.cache
+def _bytes_of_characters() -> dict[str, int]:
+    """Byte-level vocabularies spell each byte as a character of its own (GPT-2)."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def batches(rows: Sequence[Row], *, max_batch_tokens: int = 2048) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -299,7 +300,9 @@ def locate(
         max_positions=decoder.max_positions,
         bos=bos,
     )
-    summaries = _summaries(decoder, rows, criterion, max_listed, max_batch_tokens, progress)
+    summaries = summaries_of(
+        decoder, rows, criterion, k=max_listed, max_batch_tokens=max_batch_tokens, progress=progress
+    )
     return _conclude(decoder, rows, summaries, criterion, bos, texts is None, max_tokens, max_batch_tokens, name)
 
 
@@ -307,7 +310,7 @@ def locate(
 
 
 @dataclass(frozen=True, eq=False)
-class _SequenceSummary:
+class SequenceSummary:
     """What is kept of one row: [n_layers + 1, ...], the embedding output first."""
 
     values: NDArray[np.float32]
@@ -321,30 +324,43 @@ class _SequenceSummary:
     token_max: NDArray[np.float32]
 
 
-def _summaries(
+def summaries_of(
     decoder: Decoder,
     rows: Sequence[Row],
     criterion: Criterion,
+    *,
     k: int,
     max_batch_tokens: int,
-    progress: Progress | None,
-) -> dict[int, _SequenceSummary]:
+    progress: Progress | None = None,
+    around: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
+) -> dict[int, SequenceSummary]:
+    """The summary of each row at the embedding output and at every block's output, by the row's index.
+
+    Args:
+        decoder: The model's parts.
+        rows: The sequences to run.
+        criterion: Its thresholds decide what is counted as massive.
+        k: How many of the largest entries to keep for each row and block.
+        max_batch_tokens: Tokens in one forward pass.
+        progress: Called with the tokens done and the tokens in all.
+        around: A context for each batch's forward pass, where another measurement listens in.
+    """
     points: list[tuple[int, Point]] = [(0, decoder.embedding_output)]
     points += [(block.layer + 1, block.sites["block_out"]) for block in decoder.blocks]
     total, done = sum(map(len, rows)), 0
-    found: dict[int, _SequenceSummary] = {}
+    found: dict[int, SequenceSummary] = {}
     for batch in batches(rows, max_batch_tokens=max_batch_tokens):
         seen: dict[int, Summary] = {}
 
         def see(layer: int, hidden: torch.Tensor, lengths: Sequence[int] = batch.lengths, into: Any = seen) -> None:
             into[layer] = summarise(hidden, lengths, min_abs=criterion.min_abs, min_ratio=criterion.min_ratio, k=k)
 
-        with hooks.watch(points, see):
-            _forward(decoder.model, batch)
+        with around(batch), hooks.watch(points, see):
+            forward(decoder.model, batch)
         stacked = stack([seen[layer] for layer in range(len(points))]).cpu()
         for place, row in enumerate(batch.rows):
-            found[row.index] = _SequenceSummary(
-                **{key: getattr(stacked, key)[:, place].numpy() for key in _SequenceSummary.__dataclass_fields__}
+            found[row.index] = SequenceSummary(
+                **{key: getattr(stacked, key)[:, place].numpy() for key in SequenceSummary.__dataclass_fields__}
             )
         done += sum(batch.lengths)
         if progress is not None:
@@ -352,7 +368,8 @@ def _summaries(
     return found
 
 
-def _forward(model: PreTrainedModel, batch: Batch) -> None:
+def forward(model: PreTrainedModel, batch: Batch) -> None:
+    """Runs a batch through the model for those who watch; nothing is returned and nothing is learnt."""
     device = model.get_input_embeddings().weight.device
     if device.type == "meta":  # offloaded: accelerate moves the inputs where they are needed
         device = torch.device("cpu")
@@ -399,7 +416,7 @@ def _courses(
             into[key] = hidden[places, ends.to(hidden.device)].float()
 
         with hooks.watch(points, see):
-            _forward(decoder.model, batch)
+            forward(decoder.model, batch)
         states = {key: state.cpu().numpy() for key, state in seen.items()}
         for place, prefix in enumerate(batch.rows):
             absent = np.full(decoder.d_model, np.nan, dtype=np.float32)
@@ -467,7 +484,7 @@ def find_me_layer(holding: NDArray[np.bool_], criterion: Criterion) -> int | Non
 def _conclude(
     decoder: Decoder,
     rows: Sequence[Row],
-    summaries: Mapping[int, _SequenceSummary],
+    summaries: Mapping[int, SequenceSummary],
     criterion: Criterion,
     bos: bool | None,
     builtin: bool,
@@ -563,7 +580,7 @@ def _conclude(
 def _follow(
     decoder: Decoder,
     rows: Sequence[Row],
-    summaries: Mapping[int, _SequenceSummary],
+    summaries: Mapping[int, SequenceSummary],
     targets: Mapping[int, tuple[Row, int]],
     max_batch_tokens: int,
     *,
@@ -597,7 +614,7 @@ def _follow(
 
 
 def _block_row(
-    layer: int, rows: Sequence[Row], summaries: Mapping[int, _SequenceSummary], holding: NDArray[np.bool_]
+    layer: int, rows: Sequence[Row], summaries: Mapping[int, SequenceSummary], holding: NDArray[np.bool_]
 ) -> BlockRow:
     at = layer + 1
 
@@ -628,7 +645,7 @@ def _block_row(
 
 def _massive(
     rows: Sequence[Row],
-    summaries: Mapping[int, _SequenceSummary],
+    summaries: Mapping[int, SequenceSummary],
     holding: NDArray[np.bool_],
     criterion: Criterion,
 ) -> Iterable[MassiveScalar]:
@@ -644,7 +661,7 @@ def _massive(
                     yield MassiveScalar(layer, row.index, int(token), row.tokens[token], int(dim), float(value))
 
 
-def _first_non_finite(rows: Sequence[Row], summaries: Mapping[int, _SequenceSummary]) -> NonFinite | None:
+def _first_non_finite(rows: Sequence[Row], summaries: Mapping[int, SequenceSummary]) -> NonFinite | None:
     n_sites = len(summaries[rows[0].index].n_non_finite)
     for at in range(n_sites):
         for row in rows:

@@ -1,0 +1,153 @@
+"""What the sinks of key 0 and the statistics of every block cost, against a plain forward pass.
+
+    python benchmarks/sinks.py --lengths 512,2048,4096 --repeats 3 [--json]
+
+Each contender does the same job on the same tokens in a process of its own: the largest |h| with its place and the
+median by block, and the mean attention that key 0 draws by block and head. `plain` is the forward pass alone (SDPA,
+one row of logits, as for all others). Ratios are to the plain pass of the same round; the table shows their medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CONTENDERS = ("plain", "melayer", "hidden-states", "eager-attentions")
+
+
+def run_plain(model: Any, tokenizer: Any, ids: Any, text: str) -> None:
+    """The forward pass alone."""
+    model(ids, use_cache=False, logits_to_keep=1)
+
+
+def run_melayer(model: Any, tokenizer: Any, ids: Any, text: str) -> None:
+    """Ours, through the public function: tokenising, reading the architecture and the conclusions included."""
+    import melayer
+
+    melayer.sinks(model, tokenizer, T=ids.shape[1], texts=[text])
+
+
+def run_hidden_states(model: Any, tokenizer: Any, ids: Any, text: str) -> None:
+    """`output_hidden_states` and the same statistics afterwards; no sinks."""
+    _summarise(model(ids, use_cache=False, logits_to_keep=1, output_hidden_states=True).hidden_states)
+
+
+def run_eager_attentions(model: Any, tokenizer: Any, ids: Any, text: str) -> None:
+    """Eager attention with `output_attentions` and `output_hidden_states`: the usual way to see sinks."""
+    out = model(ids, use_cache=False, logits_to_keep=1, output_hidden_states=True, output_attentions=True)
+    _summarise(out.hidden_states)
+    for attention in out.attentions:
+        attention[0, :, :, 0].mean(dim=-1)
+
+
+def _summarise(hidden_states: Any) -> None:
+    for hidden in hidden_states:
+        magnitude = hidden[0].abs()
+        magnitude.argmax()
+        magnitude.max()
+        magnitude.flatten().median()
+
+
+def child(contender: str, length: int) -> dict[str, float]:
+    """Seconds of the second of two passes, and the peak memory of the process in bytes."""
+    import torch
+    from transformers.utils import logging
+
+    import melayer
+    from melayer.inputs import builtin_texts
+
+    logging.disable_progress_bar()
+    model, tokenizer, _ = melayer.load("demo")
+    if contender == "eager-attentions":
+        model.set_attn_implementation("eager")
+    text = "\n\n".join(builtin_texts())
+    while len(ids := tokenizer(text)["input_ids"]) < length:
+        text = f"{text}\n\n{text}"
+    # Cut the text so that it has exactly the tokens wanted, for every contender.
+    text = tokenizer.decode(ids[:length])
+    while len(kept := tokenizer(text)["input_ids"]) < length:
+        text += " and"
+    tokens = torch.tensor([kept[:length]])
+    run = globals()[f"run_{contender.replace('-', '_')}"]
+    with torch.no_grad():
+        run(model, tokenizer, tokens[:, :64], tokenizer.decode(kept[:80]))
+        start = time.perf_counter()
+        run(model, tokenizer, tokens, text)
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    with Path("/proc/meminfo").open() as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def needed_bytes(contender: str, length: int) -> int:
+    """A lower bound on what a contender keeps at once, on the demo model (30 blocks of 9 heads, float32)."""
+    return 30 * 9 * length**2 * 4 if contender == "eager-attentions" else 0
+
+
+def measure(contender: str, length: int) -> dict[str, float] | None:
+    """One process; None where the contender needs more memory than there is, or died."""
+    if needed_bytes(contender, length) > 0.8 * available_bytes():
+        return None
+    command = [sys.executable, __file__, "--child", contender, str(length)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return None
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Run the rounds and print the table or the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="512,2048,4096")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(child(given.child[0], int(given.child[1]))))
+        return
+    results: list[dict[str, Any]] = []
+    for length in map(int, given.lengths.split(",")):
+        ratios: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in CONTENDERS}
+        for turn in range(given.repeats):
+            plain: dict[str, float] | None = None
+            for contender in CONTENDERS:
+                sys.stderr.write(f"T = {length}, round {turn + 1} of {given.repeats}: {contender}\n")
+                found = measure(contender, length)
+                plain = found if contender == "plain" else plain
+                if found is None or plain is None:
+                    continue
+                time_ratio = found["seconds"] / plain["seconds"]
+                memory_ratio = found["peak_rss_bytes"] / plain["peak_rss_bytes"]
+                ratios[contender].append((found["seconds"], found["peak_rss_bytes"], time_ratio, memory_ratio))
+        for contender, rounds in ratios.items():
+            values = [statistics.median(column) for column in zip(*rounds, strict=True)] if rounds else [None] * 4
+            keys = ("seconds", "peak_rss_bytes", "time_ratio", "memory_ratio")
+            results.append({"contender": contender, "length": length, **dict(zip(keys, values, strict=True))})
+    if given.json:
+        print(json.dumps(results, indent=1))
+        return
+    print(f"{'contender':18} {'T':>5} {'seconds':>8} {'peak MB':>8} {'time':>6} {'memory':>7}")
+    for row in results:
+        if row["seconds"] is None:
+            print(f"{row['contender']:18} {row['length']:5}   not run: needs more memory than this machine has")
+            continue
+        print(
+            f"{row['contender']:18} {row['length']:5} {row['seconds']:8.2f} {row['peak_rss_bytes'] / 1e6:8.0f} "
+            f"{row['time_ratio']:6.2f} {row['memory_ratio']:7.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
