@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from melayer.locate import Criterion, LocateResult, locate
     from melayer.models import Loaded, load
     from melayer.report import write_report
+    from melayer.rigidity import RigidityResult, rigidity
     from melayer.sinks import SinksResult, sinks
 
 _HOMES = {
@@ -25,6 +26,8 @@ _HOMES = {
     "locate": "melayer.locate",
     "LocateResult": "melayer.locate",
     "Criterion": "melayer.locate",
+    "rigidity": "melayer.rigidity",
+    "RigidityResult": "melayer.rigidity",
     "sinks": "melayer.sinks",
     "SinksResult": "melayer.sinks",
     "write_report": "melayer.report",
@@ -44,10 +47,12 @@ __all__ = [
     "MelayerError",
     "ModelError",
     "OutputError",
+    "RigidityResult",
     "SinksResult",
     "__version__",
     "load",
     "locate",
+    "rigidity",
     "sinks",
     "write_report",
 ]
