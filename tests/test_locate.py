@@ -186,6 +186,16 @@ def test_nan_weights_are_a_finding():
     assert [row.max_abs is None for row in result.blocks] == [False] * 2 + [True] * 6
 
 
+def test_nan_weights_behind_the_me_layer_are_a_finding_too():
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)], context=CONTEXT)
+    with torch.no_grad():
+        toys.blocks(model)[6].mlp.down_proj.weight[0, 0] = float("nan")
+    result = located(model)
+    assert result.me_layer == 3
+    assert result.non_finite.layer == 6
+    assert result.shares == ()
+
+
 def test_the_model_is_bit_identical_afterwards():
     model = toys.plant(toys.make("qwen3_moe"), [(3, 7, 3000.0)], context=CONTEXT).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

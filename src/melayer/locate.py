@@ -597,7 +597,8 @@ def _follow(
     wanted = dict(targets) or ({shown: (rows[shown], int(summary.tokens[highest + 1, 0]))} if drawn else {})
     trace, followed = None, {}
     for sequences, course in _courses(decoder, wanted, max_batch_tokens):
-        if targets:
+        # A course that ends in NaN has no peak; the result names where it ends.
+        if targets and np.isfinite(course.block_out).all():
             found = shares_of(course)
             followed.update(dict.fromkeys(sequences, found))
         if shown in sequences:
