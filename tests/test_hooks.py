@@ -4,7 +4,7 @@ from torch import nn
 
 import toys
 from melayer import architecture
-from melayer.hooks import Point, first_tensor, measuring, watch
+from melayer.hooks import Point, edit, first_tensor, measuring, record_arguments, watch
 
 IDS = torch.tensor([[5, 9, toys.X, 12, 7]])
 
@@ -69,3 +69,72 @@ def test_first_tensor_looks_into_tuples():
     assert first_tensor((None, tensor, torch.zeros(2))) is tensor
     assert first_tensor(tensor) is tensor
     assert first_tensor({"a": tensor}) is None
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])  # gpt-oss' FFN returns a tuple
+def test_an_edit_is_what_the_rest_of_the_model_sees(family, side):
+    model = toys.make(family)
+    ffn = toys.ffn(toys.blocks(model)[2])
+    with torch.no_grad():
+        plain = model(IDS).logits
+        with edit([("ffn", Point(ffn, side))], lambda key, tensor: tensor * 2):
+            edited = model(IDS).logits
+        with edit([("ffn", Point(ffn, side))], lambda key, tensor: None):
+            assert torch.equal(model(IDS).logits, plain)
+        assert (edited - plain).abs().max() > 1e-4
+        assert torch.equal(model(IDS).logits, plain)
+    assert n_hooks(model) == 0
+
+
+def test_an_edit_reaches_keyword_arguments_and_edits_follow_one_another():
+    class Adds(nn.Module):
+        def forward(self, x, *, hidden_states):
+            return x, hidden_states
+
+    module = Adds()
+    point = Point(module, "output")
+    with edit([(1.0, point), (10.0, point)], lambda key, tensor: tensor * 2 + key):
+        assert module(torch.ones(1), hidden_states=torch.zeros(1))[0].item() == (1 * 2 + 1) * 2 + 10
+    inner = nn.Identity()
+    with edit([("in", Point(inner, "input"))], lambda key, tensor: tensor + 1):
+        assert inner(input=torch.ones(1)).item() == 2
+
+
+def test_edits_are_removed_after_an_exception():
+    model = toys.make("llama")
+
+    def fail(key, tensor):
+        raise RuntimeError("stop here")
+
+    points = [(side, Point(toys.blocks(model)[2], side)) for side in ("input", "output")]
+    with pytest.raises(RuntimeError, match="stop here"), edit(points, fail):
+        model(IDS)
+    assert n_hooks(model) == 0
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_an_edit_without_a_tensor_is_an_error(side):
+    class Silent(nn.Module):
+        def forward(self, x):
+            return "nothing"
+
+    module = Silent()
+    with (
+        pytest.raises(TypeError, match=f"Silent has no tensor at its {side}"),
+        edit([("here", Point(module, side))], lambda key, tensor: tensor),
+    ):
+        module("nothing")
+
+
+def test_a_block_can_be_called_again_with_its_recorded_arguments():
+    model = toys.make("qwen3_next")
+    block = toys.blocks(model)[3]
+    called = []
+    with torch.no_grad():
+        with toys.capture(block) as seen, record_arguments([("b", block)], lambda *call: called.append(call)):
+            model(IDS, use_cache=False)
+        ((key, args, kwargs),) = called
+        assert key == "b"
+        assert torch.equal(first_tensor(block(*args, **kwargs)), seen["out"])
+    assert n_hooks(model) == 0

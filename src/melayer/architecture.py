@@ -107,6 +107,16 @@ class Projection:
         first, second = matrix.chunk(2)
         return first if self.part == "first half" else second
 
+    def bias(self) -> torch.Tensor | None:
+        """The bias [out]; None where it has none."""
+        bias = getattr(self.module, "bias", None)
+        if not isinstance(bias, torch.Tensor):
+            return None
+        if self.part == "whole":
+            return bias.detach()
+        first, second = bias.detach().chunk(2)
+        return first if self.part == "first half" else second
+
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:

@@ -90,6 +90,79 @@ def watch(points: Iterable[tuple[Key, Point]], see: Callable[[Key, torch.Tensor]
 
 
 @contextmanager
+def edit(
+    points: Iterable[tuple[Key, Point]], change: Callable[[Key, torch.Tensor], torch.Tensor | None]
+) -> Iterator[None]:
+    """Puts `change(key, tensor)` in the place of the tensor at every point of every pass inside the context.
+
+    Edits at one point follow one another in the order given. The hooks are removed when the context ends, also by
+    an exception; no weight is touched.
+
+    Args:
+        points: What to edit, each with the key that `change` is given.
+        change: Receives the key and the module's own tensor (without `Point.scale`), in which it must not write.
+            Returns the new tensor, or None to leave it as it is.
+    """
+
+    def at_input(key: Key) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            tensor = _input_tensor(args, kwargs)
+            if tensor is None:
+                raise TypeError(f"{type(module).__name__} has no tensor at its input")
+            new = change(key, tensor)
+            if new is None:
+                return None
+            swapped = {name: new if value is tensor else value for name, value in kwargs.items()}
+            return tuple(new if value is tensor else value for value in args), swapped
+
+        return hook
+
+    def at_output(key: Key) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            tensor = first_tensor(output)
+            if tensor is None:
+                raise TypeError(f"{type(module).__name__} has no tensor at its output")
+            new = change(key, tensor)
+            if new is None or output is tensor:
+                return new
+            return type(output)(new if value is tensor else value for value in output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for key, point in points:
+            if point.side == "input":
+                handle = point.module.register_forward_pre_hook(at_input(key), with_kwargs=True)
+            else:
+                handle = point.module.register_forward_hook(at_output(key))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def record_arguments(
+    modules: Iterable[tuple[Key, nn.Module]], see: Callable[[Key, tuple[Any, ...], dict[str, Any]], None]
+) -> Iterator[None]:
+    """Calls `see(key, args, kwargs)` before each call of each module inside the context, with what it is called with.
+
+    Nothing is copied, so that the module can be called again with the very same.
+    """
+
+    def before(key: Key) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(key, args, dict(kwargs))
+
+        return hook
+
+    with ExitStack() as stack:
+        for key, module in modules:
+            stack.callback(module.register_forward_pre_hook(before(key), with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
 def record_calls(modules: Iterable[tuple[str, nn.Module]], done: Callable[[Call], None]) -> Iterator[None]:
     """Calls `done(call)` after each call of each named module inside the context, in the order in which they end.
 
