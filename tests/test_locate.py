@@ -127,6 +127,26 @@ def test_a_minority_is_not_an_me_layer():
     assert located(model, [with_x, TEXTS[1], without[0]]).me_layer == 3
 
 
+def test_a_median_of_zero_has_no_ratio():
+    # Everything but the planted dimensions is silent, so that the median over the sequence is 0.
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    with torch.no_grad():
+        x = model.get_input_embeddings().weight[toys.X].clone()
+        x[torch.arange(toys.D_MODEL) != toys.LISTEN] = 0
+        model.get_input_embeddings().weight.zero_()
+        model.get_input_embeddings().weight[toys.X] = x
+        for block in toys.blocks(model):
+            block.self_attn.o_proj.weight.zero_()
+            for n in range(toys.D_MODEL):
+                if n != 7:
+                    block.mlp.down_proj.weight[n] = 0
+    result = located(model, [CONTEXT])
+    assert result.me_layer == 3
+    assert result.blocks[3].median_abs == 0
+    assert result.blocks[3].ratio is None
+    assert "the median is 0; this one block creates it" in result.sentence
+
+
 def test_the_criterion_is_an_argument():
     model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)], context=CONTEXT)
     assert located(model, criterion=Criterion(min_abs=4000)).me_layer is None

@@ -117,6 +117,14 @@ def test_bad_input_is_said(options, message):
         measured(sharp("llama"), **options)
 
 
+def test_activations_that_are_not_finite_are_said():
+    model = sharp("llama")
+    with torch.no_grad():
+        toys.blocks(model)[2].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="not finite from the output of block 2 on .* Load the model in a wider dtype"):
+        measured(model, T=32)
+
+
 def test_a_model_without_softmax_attention():
     from transformers import AutoModelForCausalLM, MambaConfig
 

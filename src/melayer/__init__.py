@@ -14,6 +14,7 @@ from melayer.version import __version__
 
 if TYPE_CHECKING:
     from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError
+    from melayer.explain import ExplainResult, explain
     from melayer.locate import Criterion, LocateResult, locate
     from melayer.models import Loaded, load
     from melayer.report import write_report
@@ -26,6 +27,8 @@ _HOMES = {
     "locate": "melayer.locate",
     "LocateResult": "melayer.locate",
     "Criterion": "melayer.locate",
+    "explain": "melayer.explain",
+    "ExplainResult": "melayer.explain",
     "rigidity": "melayer.rigidity",
     "RigidityResult": "melayer.rigidity",
     "sinks": "melayer.sinks",
@@ -41,6 +44,7 @@ _HOMES = {
 __all__ = [
     "ArchitectureError",
     "Criterion",
+    "ExplainResult",
     "InputError",
     "Loaded",
     "LocateResult",
@@ -50,6 +54,7 @@ __all__ = [
     "RigidityResult",
     "SinksResult",
     "__version__",
+    "explain",
     "load",
     "locate",
     "rigidity",

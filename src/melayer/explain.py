@@ -169,7 +169,7 @@ class ExplainResult:
         if self.layers:
             return " ".join(layer.sentence for layer in self.layers)
         if self.me_layer is None and self.settings["layers"] is None:
-            return "There is no ME layer, so there is nothing to explain; layers= (--layers) explains any block."
+            return "There is no ME layer, so there is nothing to explain; layers=[...] explains any block."
         return "None of the layers could be explained; the notes say why."
 
 

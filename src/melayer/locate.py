@@ -234,10 +234,12 @@ class LocateResult:
             "none": "its growth could not be followed",
         }[self.emergence]
         erased = f", and it is erased at {_blocks(self.erased_at)}" if self.erased_at else ""
+        # A stream of mostly zeros has a median of 0, and no ratio to it.
+        ratio = "the median is 0" if row.ratio is None else f"{row.ratio:,.0f} times the median"
         return (
             f"The ME layer is block {self.me_layer} of {self.model.n_layers} (0-based): there token "
             f"{row.token_index} (“{visible(row.token)}”) reaches |h| = {row.max_abs:,.0f} in dimension {row.dim}, "
-            f"{row.ratio:,.0f} times the median; {how}{erased}."
+            f"{ratio}; {how}{erased}."
         )
 
 

@@ -132,7 +132,7 @@ def sinks(
         progress: Called with the tokens done and the tokens in all.
 
     Raises:
-        InputError: T is beyond the texts or the model, or an option is out of range.
+        InputError: T is beyond the texts or the model, an option is out of range, or the activations are not finite.
         ArchitectureError: The model has no softmax attention, or it cannot be listened to.
 
     Example:
@@ -146,6 +146,7 @@ def sinks(
         tokenizer, builtin_texts() if texts is None else texts, T, max_positions=decoder.max_positions, bos=bos
     )
     alphas, summaries = _first_keys(decoder, rows, criterion, max_batch_tokens, progress)
+    _refuse_non_finite(decoder, rows, summaries)
     holding = np.stack([summaries[row.index].n_massive[1:] > 0 for row in rows])
     me_layer = find_me_layer(holding, criterion)
     softmax = [block.layer for block in decoder.blocks if block.attention is not None]
@@ -208,6 +209,17 @@ def _first_keys(
         around=listening,
     )
     return {layer: np.stack([of[row.index] for row in rows]) for layer, of in found.items()}, summaries
+
+
+def _refuse_non_finite(decoder: Decoder, rows: Sequence[Row], summaries: Mapping[int, SequenceSummary]) -> None:
+    """A NaN is below every threshold: it would count as a head that is no sink."""
+    for layer in range(decoder.n_layers):
+        for row in rows:
+            if summaries[row.index].n_non_finite[layer + 1]:
+                raise InputError(
+                    f"The activations are not finite from the output of block {layer} on (sequence {row.index}), so "
+                    "attention after it cannot be measured. Load the model in a wider dtype, or see melayer locate."
+                )
 
 
 def _on_host(drawn: Mapping[int, torch.Tensor]) -> dict[int, NDArray[np.float32]]:
