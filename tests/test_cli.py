@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, MambaConfig
 from typer.testing import CliRunner
 
 import melayer
@@ -46,18 +47,47 @@ def test_json_is_to_dict_and_nothing_else(toy_directory):
     assert json.loads(done.stdout) == json.loads(json.dumps(result.to_dict()))
 
 
+def defaults(function):
+    return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+
 def test_options_have_the_names_and_defaults_of_the_function():
-    options = {name: p.default for name, p in inspect.signature(cli.locate_command).parameters.items()}
-    function = {name: p.default for name, p in inspect.signature(melayer.locate).parameters.items()}
-    for name in ("max_tokens", "bos", "max_listed", "max_batch_tokens"):
-        assert options[name] == function[name]
-    for name, default in vars(Criterion()).items():
-        assert options[name] == default
-    load = {name: p.default for name, p in inspect.signature(melayer.load).parameters.items()}
-    for name in ("dtype", "device", "device_map", "allow_pickle", "trust_remote_code", "revision"):
-        assert options[name] == load[name]
-    report = {name: p.default for name, p in inspect.signature(cli.report_command).parameters.items()}
-    assert {name: report[name] for name in options} == options
+    for command in ("locate", "explain", "rigidity", "sinks", "report"):
+        options = defaults(getattr(cli, f"{command}_command"))
+        assert vars(Criterion()).items() <= options.items()
+        load = defaults(melayer.load)
+        for name in ("dtype", "device", "device_map", "allow_pickle", "trust_remote_code", "revision"):
+            assert options[name] == load[name]
+        if command == "report":
+            continue
+        function = defaults(getattr(melayer, command))
+        elsewhere = {"model", "tokenizer", "texts", "parts", "name", "criterion", "progress", "located"}
+        for name in function.keys() - elsewhere:
+            assert options[name] == function[name], (command, name)
+    report, locate = defaults(cli.report_command), defaults(cli.locate_command)
+    assert {name: report[name] for name in locate} == locate
+
+
+MEASUREMENTS = {
+    "explain": (["--layers", "2-3,5", "--seeds", 2], {"layers": [2, 3, 5], "seeds": 2}),
+    "rigidity": (["--n-first-tokens", 9, "--seed", 3], {"n_first_tokens": 9, "seed": 3}),
+    "sinks": (["-T", 16, "--epsilon", 0.1], {"T": 16, "epsilon": 0.1}),
+}
+
+
+@pytest.mark.parametrize("command", MEASUREMENTS)
+def test_each_measurement_prints_its_answer_and_its_json(command, toy_directory):
+    arguments, options = MEASUREMENTS[command]
+    texts = [TEXT, toys.text(20, x_at=0)]
+    given = [command, toy_directory, "--text", texts[0], "--text", texts[1], *arguments]
+    loaded = melayer.load(str(toy_directory))
+    result = getattr(melayer, command)(loaded.model, loaded.tokenizer, texts=texts, name=str(toy_directory), **options)
+    done = run(*given, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads(json.dumps(result.to_dict()))
+    shown = run(*given)
+    assert result.sentence in " ".join(shown.stdout.split())
+    assert "0-based" in shown.stdout
 
 
 def test_files_limits_and_bos(toy_directory, tmp_path):
@@ -96,10 +126,44 @@ def test_bad_input(toy_directory, tmp_path):
         "There is no part 'mlp' to name": ("locate", toy_directory, "--part", "mlp=mlp", "--text", TEXT),
         "majority is 2.0; expected a share": ("locate", toy_directory, "--majority", 2),
         "cannot be used here": ("locate", toy_directory, "--device", "cuda:9"),
+        "The length T is 1; expected at least 2": ("sinks", toy_directory, "-T", 1),
+        "No text has T = 64 tokens; the longest has 20": ("sinks", toy_directory, "--text", TEXT),
+        "No text has T = 64 tokens; the longest has 1.": ("sinks", toy_directory, "--text", "w1"),
+        "Sequences of T = 300 tokens were asked for, but the model has 256 positions": (
+            "sinks", toy_directory, "-T", 300,
+        ),
+        "epsilon is 2.0; expected a share of attention": ("sinks", toy_directory, "--epsilon", 2),
+        "Layer 8 was asked for, but the model has blocks 0 to 7": ("explain", toy_directory, "--layers", "2,8"),
+        "--layers 'x' was given; expected blocks counted from 0": ("explain", toy_directory, "--layers", "x"),
+        "--layers '5-3' goes from 5 down to 3": ("explain", toy_directory, "--layers", "5-3"),
+        "n_first_tokens is 1; expected at least 2": ("rigidity", toy_directory, "--n-first-tokens", 1),
+        "A fixed first token is compared over texts, and there is only one": (
+            "rigidity", toy_directory, "--text", TEXT, "--fixed-first-token",
+        ),
+        "No text has T = 400 tokens": ("report", toy_directory, "--out", tmp_path / "no", "-T", 400, "--text", TEXT),
         "The report cannot be written to": ("report", toy_directory, "--out", "/proc/melayer"),
     }  # fmt: skip
     for message, arguments in cases.items():
-        assert message in failing(*arguments)
+        assert message in failing(*arguments), message
+    assert not list((tmp_path / "no").iterdir())
+
+
+def test_a_model_without_softmax_attention(tmp_path):
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=128, state_size=4, intermediate_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    toys.tokenizer().save_pretrained(tmp_path)
+    assert "no softmax attention" in failing("sinks", tmp_path, "-T", 16)
+
+
+def test_one_token_is_said_to_be_no_measurement(toy_directory):
+    for command in ("locate", "explain", "rigidity"):
+        done = run(command, toy_directory, "--text", "w1")
+        assert done.exit_code == 0, done.output
+        assert {
+            "locate": "The criterion is not meaningful here",
+            "explain": "There is no ME layer, so there is nothing to explain",
+            "rigidity": "Too short for an effective rank",
+        }[command] in " ".join(done.stdout.split())
 
 
 def test_an_encoder_only_model(tmp_path):
@@ -140,7 +204,7 @@ def test_a_note_is_a_line_on_stderr(tmp_path):
 
 def test_help_and_version():
     assert run("--version").stdout.strip() == melayer.__version__
-    for command in ("locate", "report"):
+    for command in ("locate", "explain", "rigidity", "sinks", "report"):
         assert f"Example: melayer {command} demo" in run(command, "--help").stdout
 
 
@@ -154,9 +218,22 @@ def test_data_goes_to_stdout_and_colour_only_where_it_is_wanted(toy_directory):
 
 
 def test_a_report_is_written(toy_directory, tmp_path):
-    done = run("report", toy_directory, "--text", TEXT, "--out", tmp_path / "a" / "b")
+    done = run("report", toy_directory, "--text", TEXT, "--out", tmp_path / "a" / "b", "-T", 16)
     assert done.exit_code == 0, done.output
     values = json.loads((tmp_path / "a" / "b" / "report.json").read_text())
-    assert values["locate"]["me_layer"] == 3
+    assert values["locate"]["me_layer"] == values["explain"]["me_layer"] == values["rigidity"]["me_layer"] == 3
+    assert values["sinks"]["T"] == 16
+    assert "not_measured" not in values
     assert values["provenance"]["weights_sha256"].keys() == {"model.safetensors"}
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["report.html", "report.json"]
+
+
+def test_what_cannot_be_measured_takes_nothing_from_the_report(toy_directory, tmp_path):
+    done = run("report", toy_directory, "--text", TEXT, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    reason = "No text has T = 64 tokens; the longest has 20. Give longer texts, or a T of at most 20."
+    assert f"Note: sinks was not measured. {reason}" in " ".join(done.stderr.split())
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert values["not_measured"] == {"sinks": reason}
+    assert values["rigidity"]["me_layer"] == 3
+    assert f"Not measured. {reason}" in (tmp_path / "report.html").read_text()

@@ -48,7 +48,7 @@ def test_every_public_name_and_command_is_documented():
     documents = README + "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
     for name in ("load", "locate", "explain", "rigidity", "sinks", "write_report"):
         assert f"melayer.{name}(" in documents
-    for command in ("locate", "report"):
+    for command in ("locate", "explain", "rigidity", "sinks", "report"):
         assert f"melayer {command} " in documents
 
 

@@ -169,7 +169,9 @@ class ExplainResult:
         if self.layers:
             return " ".join(layer.sentence for layer in self.layers)
         if self.me_layer is None and self.settings["layers"] is None:
-            return "There is no ME layer, so there is nothing to explain; layers=[...] explains any block."
+            return (
+                "There is no ME layer, so there is nothing to explain; any block is explained when asked for by number."
+            )
         return "None of the layers could be explained; the notes say why."
 
 
@@ -186,6 +188,7 @@ def explain(
     seeds: int = 5,
     top: int = 10,
     max_texts: int = 4,
+    max_batch_tokens: int = 2048,
     parts: Mapping[str, str] | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -205,9 +208,10 @@ def explain(
         seeds: How many permutations of gamma to try.
         top: How many neurons to list.
         max_texts: In how many of the texts to ask for the causes; all other figures are of the first.
+        max_batch_tokens: Tokens in one forward pass while locating; each text is explained alone.
         parts: Names of parts that `architecture.read` does not find by itself.
         name: What to call the model in the result.
-        progress: Called with the tokens done and the tokens in all, while locating.
+        progress: Called with the tokens done and the tokens in all.
 
     Returns:
         The result, on the host. Without an ME layer and without `layers` it has no layers and says so.
@@ -233,6 +237,7 @@ def explain(
                 f"Give layers in that range, counted from 0."
             )
     info = describe(decoder, name)
+    halfway = False
     if located is None:
         located = locate(
             model,
@@ -241,10 +246,13 @@ def explain(
             max_tokens=max_tokens,
             bos=bos,
             criterion=criterion,
+            max_batch_tokens=max_batch_tokens,
             parts=parts,
             name=name,
-            progress=progress,
+            # Half of the way: what follows costs about as much, and how much is known only then.
+            progress=None if progress is None else lambda done, total: progress(done, 2 * total),
         )
+        halfway = True
     elif criterion not in (None, located.criterion):
         raise InputError("The located result has another criterion than the one given. Give one of them only.")
     bos = located.settings["bos"]["asked"] if bos is None else bos
@@ -261,7 +269,15 @@ def explain(
     wanted = _wanted(layers, located)
     chosen = _chosen(located, rows, max_texts)
     notes, found = [], {layer: list[BlockOnText]() for layer in wanted}
-    for row in chosen if wanted else []:
+    steps = len(chosen) + len(wanted)
+    tokens = sum(map(len, rows))
+
+    def report(step: int) -> None:
+        if progress is not None:
+            done = tokens * step // steps if steps else tokens
+            progress(tokens + done if halfway else done, 2 * tokens if halfway else tokens)
+
+    for place, row in enumerate(chosen if wanted else [], start=1):
         for alone in _record(decoder, row, wanted):
             token = located.sequences[row.index].massive_token_index
             text = BlockOnText.read(decoder, alone, row, token)
@@ -271,6 +287,12 @@ def explain(
                 )
             else:
                 found[alone.block.layer].append(text)
+        report(place)
+    explained = []
+    for place, read in enumerate(found.values(), start=1):
+        if read:
+            explained.append(_explained(read, seeds, top))
+        report(len(chosen) + place)
     return ExplainResult(
         model=info,
         settings={
@@ -290,7 +312,7 @@ def explain(
             "layers_counted_from": 0,
         },
         me_layer=located.me_layer,
-        layers=tuple(_explained(read, seeds, top) for read in found.values() if read),
+        layers=tuple(explained),
         notes=tuple(notes),
     )
 

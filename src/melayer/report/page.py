@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from melayer.errors import OutputError
+from melayer.errors import InputError, OutputError
+from melayer.explain import ExplainResult
 from melayer.locate import LocateResult
 from melayer.provenance import versions
+from melayer.report.explain import section as explain_section
 from melayer.report.locate import section as locate_section
+from melayer.report.rigidity import section as rigidity_section
 from melayer.report.sections import Plot, Section
+from melayer.report.sinks import section as sinks_section
+from melayer.rigidity import RigidityResult
+from melayer.sinks import SinksResult
 from melayer.version import __version__
+
+_TITLES = {"explain": "Why it is there", "rigidity": "What it makes rigid", "sinks": "What attention does with it"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,10 @@ def write_report(
     result: LocateResult,
     out: str | Path,
     *,
+    explain: ExplainResult | None = None,
+    rigidity: RigidityResult | None = None,
+    sinks: SinksResult | None = None,
+    not_measured: Mapping[str, str] | None = None,
     command: str | None = None,
     device: str | None = None,
     weights: dict[str, str] | None = None,
@@ -54,11 +67,16 @@ def write_report(
     Args:
         result: What `locate` found.
         out: A directory; made if it is missing.
+        explain: What `explain` found on the same model, for a section of its own.
+        rigidity: What `rigidity` found.
+        sinks: What `sinks` found.
+        not_measured: For `explain`, `rigidity` or `sinks`, why there is no result; the page says so in its place.
         command: The command that made the report, for its provenance.
         device: Where the model ran.
         weights: The sha256 of each file of weights.
 
     Raises:
+        InputError: A result is of another model than `result`.
         OutputError: `out` cannot be written.
 
     Example:
@@ -66,6 +84,21 @@ def write_report(
     """
     out = Path(out)
     check_writable(out)
+    missing = dict(not_measured or {})
+    for given in (explain, rigidity, sinks):
+        if given is not None and given.model.fingerprint != result.model.fingerprint:
+            raise InputError(
+                f"The {type(given).__name__} is of another model (fingerprint {given.model.fingerprint}) than the "
+                f"LocateResult ({result.model.fingerprint}). Give results of one model."
+            )
+    sections = [locate_section(result)]
+    if explain is not None:
+        sections.append(explain_section(explain))
+    if rigidity is not None:
+        sections.append(rigidity_section(rigidity))
+    if sinks is not None:
+        sections.append(sinks_section(sinks))
+    sections += [Section(key, _TITLES[key], f"Not measured. {reason}", ()) for key, reason in missing.items()]
     provenance = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
@@ -74,7 +107,14 @@ def write_report(
         "versions": versions(),
     }
     values = {"melayer_version": __version__, "provenance": provenance, "locate": result.to_dict()}
-    page = render([locate_section(result)], result, provenance)
+    values |= {
+        key: found.to_dict()
+        for key, found in (("explain", explain), ("rigidity", rigidity), ("sinks", sinks))
+        if found is not None
+    }
+    if missing:
+        values["not_measured"] = missing
+    page = render(sections, result, provenance)
     written = Written(out / "report.html", out / "report.json")
     _replace(written.json, json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False))
     _replace(written.html, page)

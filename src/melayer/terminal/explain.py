@@ -50,15 +50,10 @@ def _budget(layer: LayerExplanation) -> Table:
 
 
 def _neurons(layer: LayerExplanation) -> Table:
-    columns = [("neuron", True), ("expert", True), ("share", True), ("contribution", True)]
+    among = [("expert", True)] if layer.experts else []
+    columns = [("neuron", True), *among, ("share", True), ("contribution", True)]
     rows = [
-        [
-            neuron.neuron,
-            "-" if neuron.expert is None else neuron.expert,
-            f"{neuron.share:.1%}",
-            number(neuron.contribution, 1),
-        ]
-        for neuron in layer.neurons
+        [n.neuron, *([n.expert] if among else []), f"{n.share:.1%}", number(n.contribution, 1)] for n in layer.neurons
     ]
     return table(f"Block {layer.layer}: neurons that write dimension {layer.d_star}", columns, rows)
 

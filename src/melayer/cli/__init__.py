@@ -1,0 +1,277 @@
+"""The command line: parse, call, print. Data on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+from rich.console import Console
+
+from melayer.cli.options import Options, flat
+from melayer.cli.session import load, progress, session, stderr
+from melayer.errors import InputError, MelayerError
+from melayer.version import __version__
+
+if TYPE_CHECKING:
+    from melayer.locate import LocateResult
+    from melayer.models import Loaded
+
+app = typer.Typer(
+    name="melayer",
+    help="Find, explain, measure and relax massive activations in language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[str, typer.Argument(help="`demo`, a directory, a .gguf file or a hub id.", show_default=False)]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens kept of each text; default 512, or the model's positions.", rich_help_panel="Texts"),
+]
+MaxListed = Annotated[int, typer.Option(min=1, help="Massive scalars listed a text and block.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Blocks to explain, e.g. 11 or 2,9-11; default: the ME layer and every stage.")
+]
+Length = Annotated[int, typer.Option("--T", "-T", help="Tokens in each sequence; the rate falls with it.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Find, explain, measure and relax massive activations in language models."""
+
+
+@app.command("locate")
+@flat
+def locate_command(
+    model: Model,
+    max_tokens: MaxTokens = None,
+    max_listed: MaxListed = 16,
+    *,
+    options: Options,
+) -> None:
+    """Find the block where the massive activation emerges.
+
+    Example: [bold]melayer locate demo --text "My favorite color is Dark Blue. The sky is clear today."[/]
+    """
+    with session(options.output.debug):
+        given = {**options.arguments(), "max_tokens": max_tokens, "max_listed": max_listed}
+        from melayer.locate import locate
+        from melayer.terminal import show_locate
+
+        _measure("Locating", locate, show_locate, model, given, options)
+
+
+@app.command("explain")
+@flat
+def explain_command(
+    model: Model,
+    layers: Layers = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Permutations of gamma to try.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Neurons to list.")] = 10,
+    max_texts: Annotated[int, typer.Option(min=1, help="Texts in which to ask for the causes.")] = 4,
+    max_tokens: MaxTokens = None,
+    *,
+    options: Options,
+) -> None:
+    """Explain why it is there: norms along the block, neurons, and what is left without a part.
+
+    Example: [bold]melayer explain demo --layers 11,28[/]
+    """
+    with session(options.output.debug):
+        given = {**options.arguments(), "max_tokens": max_tokens, "seeds": seeds, "top": top, "max_texts": max_texts}
+        given["layers"] = _layers(layers)
+        from melayer.explain import explain
+        from melayer.terminal import show_explain
+
+        _measure("Explaining", explain, show_explain, model, given, options)
+
+
+@app.command("rigidity")
+@flat
+def rigidity_command(
+    model: Model,
+    n_first_tokens: Annotated[int, typer.Option(help="Different first tokens to compare.")] = 64,
+    fixed_first_token: Annotated[
+        bool, typer.Option("--fixed-first-token", help="The trivial case: one first token, cosine 1 by causality.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of first tokens.")] = 0,
+    max_tokens: MaxTokens = None,
+    *,
+    options: Options,
+) -> None:
+    """Measure what it makes rigid: the massive token's state across blocks and inputs.
+
+    Example: [bold]melayer rigidity demo --n-first-tokens 256[/]
+    """
+    with session(options.output.debug):
+        given = {**options.arguments(), "max_tokens": max_tokens, "seed": seed}
+        given |= {"n_first_tokens": n_first_tokens, "fixed_first_token": fixed_first_token}
+        from melayer.rigidity import rigidity
+        from melayer.terminal import show_rigidity
+
+        _measure("Measuring rigidity", rigidity, show_rigidity, model, given, options)
+
+
+@app.command("sinks")
+@flat
+def sinks_command(
+    model: Model,
+    T: Length = 64,
+    epsilon: Annotated[float, typer.Option(help="A head is a sink head where a key draws more than this.")] = 0.3,
+    *,
+    options: Options,
+) -> None:
+    """Measure the attention that the first and the massive tokens draw, by block and head.
+
+    Example: [bold]melayer sinks demo -T 128[/]
+    """
+    with session(options.output.debug):
+        given = {**options.arguments(), "T": T, "epsilon": epsilon}
+        from melayer.sinks import sinks
+        from melayer.terminal import show_sinks
+
+        _measure("Measuring sinks", sinks, show_sinks, model, given, options)
+
+
+@app.command("report")
+@flat
+def report_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for report.html and report.json.", show_default=False)],
+    T: Annotated[
+        int | None, typer.Option("--T", "-T", help="Tokens in each sequence for the sinks; default 64.")
+    ] = None,
+    max_tokens: MaxTokens = None,
+    max_listed: MaxListed = 16,
+    *,
+    options: Options,
+) -> None:
+    """Measure all of it and write a page to look at.
+
+    Example: [bold]melayer report demo --out demo-report[/]
+    """
+    with session(options.output.debug):
+        from melayer.report import check_writable, write_report
+
+        shared = options.arguments()
+        check_writable(out)
+        loaded = load(model, options.model.loading())
+        located, rest, not_measured = _everything(loaded, model, shared, max_tokens, max_listed, T)
+        from melayer.models import weight_hashes
+
+        with stderr().status("Writing the report"):
+            written = write_report(
+                located,
+                out,
+                **rest,
+                not_measured=not_measured,
+                command=shlex.join(["melayer", *sys.argv[1:]]),
+                device=str(loaded.model.device),
+                weights=weight_hashes(loaded.model, model),
+            )
+        if options.output.as_json:
+            typer.echo(written.json.read_text(encoding="utf-8"))
+        else:
+            output = Console(soft_wrap=True, highlight=False)
+            output.print(located.sentence, markup=False)
+            output.print(f"Open {written.html} in a browser; {written.json} holds the same figures.", markup=False)
+
+
+def main() -> None:
+    """The entry point of the `melayer` command."""
+    app()
+
+
+# --- what the commands share --------------------------------------------------------------------------------------
+
+
+class _Result(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def _measure(
+    title: str,
+    measurement: Callable[..., _Result],
+    show: Callable[[Any, Console], None],
+    model: str,
+    given: dict[str, Any],
+    options: Options,
+) -> None:
+    """Load, measure under a bar, print."""
+    loaded = load(model, options.model.loading())
+    with progress(title) as part:
+        result = measurement(loaded.model, loaded.tokenizer, name=model, progress=part(0), **given)
+    if options.output.as_json:
+        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False))
+    else:
+        show(result, Console())
+
+
+def _everything(
+    loaded: Loaded, name: str, shared: dict[str, Any], max_tokens: int | None, max_listed: int, T: int | None
+) -> tuple[LocateResult, dict[str, Any], dict[str, str]]:
+    """All measurements under one bar; those that this model or these texts do not allow, with the reason.
+
+    Nobody asked for one of them in particular, so one that cannot be made takes nothing from the others.
+    """
+    from melayer.explain import explain
+    from melayer.locate import locate
+    from melayer.rigidity import rigidity
+    from melayer.sinks import sinks
+
+    found, not_measured = {}, {}
+    common = {**shared, "name": name}
+    with progress("Locating", "Explaining", "Measuring rigidity", "Measuring sinks") as part:
+        located = locate(
+            loaded.model, loaded.tokenizer, **common, max_tokens=max_tokens, max_listed=max_listed, progress=part(0)
+        )
+        cut = {"max_tokens": max_tokens, "located": located}
+        rest: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
+            ("explain", explain, cut),
+            ("rigidity", rigidity, cut),
+            ("sinks", sinks, {} if T is None else {"T": T}),
+        ]
+        for place, (key, measurement, more) in enumerate(rest, start=1):
+            try:
+                found[key] = measurement(loaded.model, loaded.tokenizer, **common, **more, progress=part(place))
+            except MelayerError as error:
+                if key == "sinks" and T is not None:
+                    raise
+                not_measured[key] = str(error)
+    for key, reason in not_measured.items():
+        stderr().print(f"Note: {key} was not measured. {reason}", markup=False)
+    return located, found, not_measured
+
+
+def _layers(given: str | None) -> list[int] | None:
+    """The blocks that `2,9-11` names."""
+    if given is None:
+        return None
+    layers: list[int] = []
+    for item in given.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
+        if match is None:
+            raise InputError(f"--layers {given!r} was given; expected blocks counted from 0, for example 11 or 2,9-11.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise InputError(f"--layers {given!r} goes from {first} down to {last}. Give the smaller block first.")
+        layers += range(first, last + 1)
+    return layers

@@ -1,0 +1,176 @@
+"""The options that commands share, as dataclasses whose fields become options."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from melayer.errors import InputError
+
+
+class DType(str, Enum):
+    """The dtypes that weights can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+_MODEL, _TEXTS, _CRITERION = "Model", "Texts", "Criterion"
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What to run."""
+
+    text: Annotated[list[str] | None, typer.Option(help="A text to run; repeatable.", rich_help_panel=_TEXTS)] = None
+    file: Annotated[Path | None, typer.Option(help="A UTF-8 file of texts, one a line.", rich_help_panel=_TEXTS)] = None
+    whole_file: Annotated[
+        bool, typer.Option("--whole-file", help="Take --file as one text.", rich_help_panel=_TEXTS)
+    ] = False
+    limit: Annotated[int | None, typer.Option(min=1, help="Run only the first texts.", rich_help_panel=_TEXTS)] = None
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Begin-of-sequence token; default: the tokenizer's way.",
+            rich_help_panel=_TEXTS,
+        ),
+    ] = None
+    max_batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in one forward pass.", rich_help_panel=_TEXTS)
+    ] = 2048
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a measurement; whatever can be wrong with them is found before a model is loaded."""
+        from melayer.inputs import builtin_texts, read_texts
+
+        texts: list[str] = list(self.text or [])
+        if self.file is not None:
+            texts += read_texts(self.file, whole=self.whole_file)
+        elif self.whole_file:
+            raise InputError("--whole-file says how to read a file, but no --file was given. Add --file PATH.")
+        for index, text in enumerate(texts):
+            if not text.strip():
+                raise InputError(f"Text {index} is empty. Give texts with at least one word.")
+        if not texts and self.limit is not None:
+            texts = builtin_texts()
+        return {"texts": texts[: self.limit] or None, "bos": self.bos, "max_batch_tokens": self.max_batch_tokens}
+
+
+@dataclass(frozen=True)
+class CriterionOptions:
+    """What counts as massive, and as the ME layer."""
+
+    min_abs: Annotated[float, typer.Option(help="|h| must exceed this.", rich_help_panel=_CRITERION)] = 100.0
+    min_ratio: Annotated[float, typer.Option(help="…and this many medians.", rich_help_panel=_CRITERION)] = 1000.0
+    persistence: Annotated[
+        float, typer.Option(help="Share of the blocks it must last for.", rich_help_panel=_CRITERION)
+    ] = 0.25
+    majority: Annotated[float, typer.Option(help="Share of the texts to exceed.", rich_help_panel=_CRITERION)] = 0.5
+    min_tokens: Annotated[int, typer.Option(help="Shorter texts do not vote.", rich_help_panel=_CRITERION)] = 8
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a measurement."""
+        from melayer.locate import Criterion
+
+        return {"criterion": Criterion(**{item.name: getattr(self, item.name) for item in fields(self)})}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How to load the model and read its wiring."""
+
+    dtype: Annotated[DType, typer.Option(help="auto: the checkpoint's own.", rich_help_panel=_MODEL)] = DType.auto
+    device: Annotated[str, typer.Option(help="auto: CUDA, else MPS, else CPU.", rich_help_panel=_MODEL)] = "auto"
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the model over devices, e.g. auto.", rich_help_panel=_MODEL)
+    ] = None
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights: runs code in them.", rich_help_panel=_MODEL)
+    ] = False
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own code.", rich_help_panel=_MODEL)
+    ] = False
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL)] = (
+        None
+    )
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Name a part that is not found, e.g. ffn=feed_forward.", rich_help_panel=_MODEL),
+    ] = None
+
+    def loading(self) -> dict[str, Any]:
+        """The arguments of `melayer.load`."""
+        taken = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "part"}
+        return {**taken, "dtype": self.dtype.value}
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a measurement."""
+        parts = {}
+        for item in self.part or []:
+            name, equals, path = item.partition("=")
+            if not (name and equals and path):
+                raise InputError(f"--part {item!r} was given; expected NAME=PATH, for example ffn=feed_forward.")
+            parts[name] = path
+        return {"parts": parts}
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How to answer."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every measurement takes."""
+
+    texts: TextOptions = field(default_factory=TextOptions)
+    criterion: CriterionOptions = field(default_factory=CriterionOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a measurement."""
+        return {**self.texts.arguments(), **self.criterion.arguments(), **self.model.arguments()}
+
+
+def flat(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its `options: Options` as options of its own: typer knows no groups."""
+    signature = inspect.signature(command)
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[parameter.name])
+        for parameter in signature.parameters.values()
+        if parameter.name != "options"
+    ]
+    groups: dict[str, type[Any]] = get_type_hints(Options)
+    shared = [
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation)
+        for kind in groups.values()
+        for item, annotation in zip(fields(kind), get_type_hints(kind, include_extras=True).values(), strict=True)
+    ]
+
+    @functools.wraps(command)
+    def flattened(**given: Any) -> None:
+        made: dict[str, Any] = {
+            name: kind(**{item.name: given.pop(item.name) for item in fields(kind)}) for name, kind in groups.items()
+        }
+        command(**given, options=Options(**made))
+
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    parameters = [*keyword, *shared]
+    flattened.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flattened

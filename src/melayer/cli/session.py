@@ -1,0 +1,99 @@
+"""What happens around a command: progress and errors on stderr, warnings as lines, loading."""
+
+from __future__ import annotations
+
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+from melayer.errors import MelayerError, MelayerWarning
+
+if TYPE_CHECKING:
+    from melayer.models import Loaded
+
+Advance = Callable[[int, int], None]
+
+
+def stderr() -> Console:
+    """Where everything goes that is not the result."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def session(debug: bool) -> Iterator[None]:
+    """Turns our errors into a sentence and exit code 2, and our warnings into a line."""
+    console = stderr()
+    # Before tqdm is imported, which reads it then: transformers draws bars of its own while it unpacks a GGUF file.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, MelayerWarning):
+            console.print(f"Note: {message}", markup=False)
+        else:
+            shown(message, category, *rest, **more)
+
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MelayerWarning)
+        warnings.showwarning = show
+        try:
+            yield
+        except MelayerError as error:
+            if debug:
+                traceback.print_exc()
+            console.print(f"melayer: {error}", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+def load(model: str, options: dict[str, Any]) -> Loaded:
+    """The model, with a word on stderr while it loads."""
+    with stderr().status(f"Loading {model} (a GGUF file is unpacked once, which takes half a minute)"):
+        # What transformers says while it loads is for its own users; what matters comes back as our errors.
+        from transformers.utils import logging
+
+        from melayer import models
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        return models.load(model, **options)
+
+
+@contextmanager
+def progress(*titles: str, unit: str = "tokens") -> Iterator[Callable[[int], Advance]]:
+    """One bar on stderr over as many parts as there are titles, with the rate and the remaining time.
+
+    Gives a function from a part's place to the function that moves the bar on within it.
+    """
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn(f"{{task.fields[rate]}} {unit}/s,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    console = stderr()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(titles[0], total=len(titles), rate="-")
+
+        def part(place: int) -> Advance:
+            title = titles[place] if len(titles) == 1 else f"{titles[place]} ({place + 1} of {len(titles)})"
+            bar.update(task, description=title, completed=place)
+            started = bar.get_time()
+
+            def advance(done: int, total: int) -> None:
+                elapsed = bar.get_time() - started
+                rate = f"{done / elapsed:,.0f}" if elapsed > 0 else "-"
+                bar.update(task, completed=place + done / total, rate=rate)
+
+            return advance
+
+        yield part
