@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import melayer
 import toys
-from melayer.errors import OutputError
+from melayer.errors import InputError, OutputError
 from melayer.report import check_writable, write_report
 
 EVIL = ["<script>alert(1)</script>", "</script>", "<b>bold</b>", "&lt;", "\"'>", "{{7*7}}"]
@@ -34,8 +34,22 @@ def evil_result():
 
 
 @pytest.fixture(scope="module")
-def page(evil_result, tmp_path_factory):
-    return write_report(evil_result, tmp_path_factory.mktemp("report"), command="melayer report '<script>'").html
+def evil_rest():
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    text = " ".join([*EVIL[1:], EVIL[0], *(f"w{i}" for i in range(10, 30))])
+    given = {"texts": [text, text]}
+    tokenizer = evil_tokenizer()
+    return {
+        "explain": melayer.explain(model, tokenizer, **given),
+        "rigidity": melayer.rigidity(model, tokenizer, **given, n_first_tokens=9),
+        "sinks": melayer.sinks(model, tokenizer, **given, T=16, epsilon=0.05),
+    }
+
+
+@pytest.fixture(scope="module")
+def page(evil_result, evil_rest, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    return write_report(evil_result, out, **evil_rest, command="melayer report '<script>'").html
 
 
 def own_part(path: Path) -> str:
@@ -62,9 +76,24 @@ def test_the_page_opens_with_the_answer(evil_result, page):
     assert page.stat().st_size < 8_000_000
 
 
-def test_the_json_holds_the_same_figures(evil_result, page):
+def test_results_of_another_model_are_refused(evil_rest, tmp_path):
+    located = melayer.locate(toys.make("llama", seed=1), toys.tokenizer(), texts=[toys.text(20, x_at=None)])
+    with pytest.raises(InputError, match="The SinksResult is of another model"):
+        write_report(located, tmp_path, sinks=evil_rest["sinks"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_not_measured_has_its_reason_in_place(evil_result, tmp_path):
+    written = write_report(evil_result, tmp_path, not_measured={"sinks": "Because of <this>."})
+    assert json.loads(written.json.read_text())["not_measured"] == {"sinks": "Because of <this>."}
+    assert "Not measured. Because of &lt;this&gt;." in own_part(written.html)
+
+
+def test_the_json_holds_the_same_figures(evil_result, evil_rest, page):
     values = json.loads((page.parent / "report.json").read_text(encoding="utf-8"))
     assert values["locate"] == json.loads(json.dumps(evil_result.to_dict()))
+    for key, result in evil_rest.items():
+        assert values[key] == json.loads(json.dumps(result.to_dict()))
     assert values["provenance"]["command"] == "melayer report '<script>'"
     assert set(values["provenance"]["versions"]) >= {"melayer", "torch", "transformers"}
 
@@ -142,7 +171,10 @@ def opened(chromium, path, **options):
 def test_the_plots_are_drawn_offline_and_without_errors(chromium, page, scheme, width):
     tab, problems = opened(chromium, page, color_scheme=scheme, viewport={"width": width, "height": 800})
     keys = json.loads(tab.locator("#figures").text_content()).keys()
-    assert keys == {"magnitudes", "shares", "tokens", "surface"}
+    assert keys == {
+        "magnitudes", "shares", "tokens", "surface", "explain-budget-3", "explain-neurons-3",
+        "explain-counterfactuals-3", "rigidity-cosine", "rigidity-rank", "sinks-heads", "sinks-rate", "sinks-massive",
+    }  # fmt: skip
     for key in keys - {"surface"}:
         assert tab.locator(f"#plot-{key} .main-svg").count() > 0
         assert tab.locator(f"#plot-{key}").bounding_box()["height"] > 200
@@ -150,6 +182,11 @@ def test_the_plots_are_drawn_offline_and_without_errors(chromium, page, scheme, 
     assert tab.locator("#plot-shares .barlayer .point").count() == 2 * toys.N_LAYERS
     assert tab.locator("#plot-tokens .heatmaplayer image").count() == 1
     assert tab.locator("#plot-surface canvas").count() > 0
+    assert tab.locator("#plot-explain-neurons-3 .barlayer .point").count() == 10
+    assert tab.locator("#plot-explain-budget-3 .waterfalllayer .point").count() >= 4
+    assert tab.locator("#plot-rigidity-cosine .scatterlayer path.js-line").count() >= 3
+    assert tab.locator("#plot-sinks-heads .heatmaplayer image").count() == 1
+    assert tab.locator("#plot-sinks-rate .scatterlayer path.js-line").count() == 4
     # The page itself never scrolls sideways; wide tables do so in their own box.
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     ink = tab.evaluate("getComputedStyle(document.querySelector('#plot-magnitudes .xtitle')).fill")

@@ -65,7 +65,7 @@ def listen(
     if not attentions:
         raise ArchitectureError(
             f"No block of this model ({decoder.family}) has softmax attention, so there are no attention sinks to "
-            "measure. melayer.locate and melayer.rigidity work on it."
+            "measure. locate and rigidity work on it."
         )
     most = max(map(len, keys))
     listening = _Listening(

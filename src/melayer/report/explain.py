@@ -99,7 +99,7 @@ def _neurons(layer: LayerExplanation) -> Plot:
                 }
             ],
             "layout": {
-                "xaxis": {"title": {"text": "neuron (0-based)"}, "type": "category"},
+                "xaxis": {"title": {"text": "neuron (0-based)"}, "type": "category", "automargin": True},
                 "yaxis": {"title": {"text": "share (%)"}},
                 "showlegend": False,
             },
@@ -231,4 +231,4 @@ def _steps(layer: LayerExplanation) -> Table:
 
 
 def _share(value: float | None) -> str:
-    return "—" if value is None else f"{value:.1%}"
+    return "—" if value is None else f"{value:.1%}".replace("-0.0%", "0.0%")

@@ -24,12 +24,15 @@ def _heads(result: SinksResult) -> Plot:
     n_sinks = len(result.heads)
     known = [values for values in result.alpha if values is not None]
     n_heads = sum(map(len, known))
-    strongest = f"; the strongest is head {result.heads[0].head} of block {result.heads[0].layer}, which gives it "
-    strongest += f"{result.heads[0].alpha:.1%} of its attention" if result.heads else ""
+    takeaway = f"{n_sinks} of {n_heads} heads are sinks in more than half of the sequences"
+    if result.heads:
+        head = result.heads[0]
+        takeaway += f"; the strongest is head {head.head} of block {head.layer}, which gives it {head.alpha:.1%}"
+        takeaway += " of its attention"
     return Plot(
         "sinks-heads",
         f"Attention that token {result.key} draws, block by head",
-        f"{n_sinks} of {n_heads} heads are sinks in more than half of the sequences{strongest if n_sinks else ''}.",
+        f"{takeaway}.",
         f"Each square is one head: the share of its attention on key {result.key}, mean over the queries from there on "
         f"and over {result.n_sequences} sequences of T = {result.T} tokens. Brighter is more; above {result.epsilon:g} "
         "a head counts as a sink. An empty row is a block without softmax attention.",

@@ -53,7 +53,7 @@ def _neurons(layer: LayerExplanation) -> Table:
     among = [("expert", True)] if layer.experts else []
     columns = [("neuron", True), *among, ("share", True), ("contribution", True)]
     rows = [
-        [n.neuron, *([n.expert] if among else []), f"{n.share:.1%}", number(n.contribution, 1)] for n in layer.neurons
+        [n.neuron, *([n.expert] if among else []), _share(n.share), number(n.contribution, 1)] for n in layer.neurons
     ]
     return table(f"Block {layer.layer}: neurons that write dimension {layer.d_star}", columns, rows)
 
@@ -80,4 +80,4 @@ def _texts(layer: LayerExplanation) -> Table:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    return "-" if value is None else f"{value:.1%}".replace("-0.0%", "0.0%")

@@ -15,7 +15,7 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: narrow.matches ? 55 : 70, r: 15, t: 30, b: 50 },
-      legend: { orientation: "h", x: 0, y: narrow.matches ? -0.35 : -0.2 },
+      legend: { orientation: "h", x: 0, y: narrow.matches ? -0.35 : -0.24 },
       hoverlabel: { bgcolor: wash, font: { color: ink } },
     }, layout);
     for (const name of Object.keys(layout)) {
