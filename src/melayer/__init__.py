@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError
     from melayer.explain import ExplainResult, explain
     from melayer.locate import Criterion, LocateResult, locate
+    from melayer.mask import WeMask, fixed_prefix
     from melayer.models import Loaded, load
     from melayer.report import write_report
     from melayer.rigidity import RigidityResult, rigidity
@@ -33,6 +34,8 @@ _HOMES = {
     "RigidityResult": "melayer.rigidity",
     "sinks": "melayer.sinks",
     "SinksResult": "melayer.sinks",
+    "WeMask": "melayer.mask",
+    "fixed_prefix": "melayer.mask",
     "write_report": "melayer.report",
     "MelayerError": "melayer.errors",
     "ModelError": "melayer.errors",
@@ -53,8 +56,10 @@ __all__ = [
     "OutputError",
     "RigidityResult",
     "SinksResult",
+    "WeMask",
     "__version__",
     "explain",
+    "fixed_prefix",
     "load",
     "locate",
     "rigidity",

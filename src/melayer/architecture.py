@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from melayer.errors import ArchitectureError
-from melayer.hooks import Call, Point, measuring, record_calls
+from melayer.hooks import Call, Point, edits_paused, measuring, record_calls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,6 +157,8 @@ class Decoder:
     """One view of a causal language model."""
 
     model: PreTrainedModel
+    stack: nn.Module
+    """What runs the blocks, and is given the ids, the mask, the positions and the cache."""
     embedding: nn.Module
     blocks: tuple[Block, ...]
     final_norm: Norm | None
@@ -222,7 +224,9 @@ def read(model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> D
         raise ArchitectureError(f"There is no part {unknown[0]!r} to name; expected one of {', '.join(PARTS)}.")
     _refuse_empty(model)
     candidates = _block_lists(model, parts)
-    calls = _trace(model, candidates)
+    # A mask that is applied would stand between a norm and its reader.
+    with edits_paused():
+        calls = _trace(model, candidates)
     path, blocks = next(((path, blocks) for path, blocks in candidates.items() if path in calls), (None, None))
     if path is None or blocks is None:
         raise ArchitectureError(
@@ -240,6 +244,7 @@ def read(model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> D
     assert block_in is not None
     return Decoder(
         model=model,
+        stack=model.get_submodule(path.rpartition(".")[0]),
         embedding=model.get_input_embeddings(),
         blocks=built,
         final_norm=_final_norm(model, path, parts),

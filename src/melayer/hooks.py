@@ -12,6 +12,8 @@ from torch import nn
 
 Key = TypeVar("Key")
 
+_paused: list[None] = []
+
 
 @dataclass(frozen=True, eq=False)
 class Point:
@@ -90,6 +92,16 @@ def watch(points: Iterable[tuple[Key, Point]], see: Callable[[Key, torch.Tensor]
 
 
 @contextmanager
+def edits_paused() -> Iterator[None]:
+    """No edit is at work inside the context: what the model's modules pass on is their own."""
+    _paused.append(None)
+    try:
+        yield
+    finally:
+        _paused.pop()
+
+
+@contextmanager
 def edit(
     points: Iterable[tuple[Key, Point]], change: Callable[[Key, torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
@@ -108,6 +120,8 @@ def edit(
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if _paused:
+                return None
             tensor = _input_tensor(args, kwargs)
             if tensor is None:
                 raise TypeError(f"{type(module).__name__} has no tensor at its input")
@@ -121,6 +135,8 @@ def edit(
 
     def at_output(key: Key) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if _paused:
+                return None
             tensor = first_tensor(output)
             if tensor is None:
                 raise TypeError(f"{type(module).__name__} has no tensor at its output")
