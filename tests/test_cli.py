@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import melayer
 import toys
 from melayer import cli
 from melayer.locate import Criterion
+from melayer.mask import WeMask
 
 TEXT = toys.text(20, x_at=4)
 
@@ -56,7 +58,7 @@ def test_options_have_the_names_and_defaults_of_the_function():
         options = defaults(getattr(cli, f"{command}_command"))
         assert vars(Criterion()).items() <= options.items()
         load = defaults(melayer.load)
-        for name in ("dtype", "device", "device_map", "allow_pickle", "trust_remote_code", "revision"):
+        for name in ("dtype", "device", "device_map", "allow_pickle", "trust_remote_code", "revision", "mask"):
             assert options[name] == load[name]
         if command == "report":
             continue
@@ -135,6 +137,18 @@ def test_bad_input(toy_directory, tmp_path):
         "epsilon is 2.0; expected a share of attention": ("sinks", toy_directory, "--epsilon", 2),
         "Layer 8 was asked for, but the model has blocks 0 to 7": ("explain", toy_directory, "--layers", "2,8"),
         "--layers 'x' was given; expected blocks counted from 0": ("explain", toy_directory, "--layers", "x"),
+        "rate is 2.0; expected a share": ("generate", "./nowhere", "--prompt", "a", "--mask-rate", 2),
+        "selector is 'best'; expected one of": ("generate", "./nowhere", "--prompt", "a", "--selector", "best"),
+        "There is no prompt, or an empty one": ("generate", toy_directory, "--prompt", " ", "--layers", "4"),
+        "but the model has 256 positions. Give a shorter prompt": (
+            "generate", toy_directory, "--prompt", "w1", "--layers", "4", "--selector", "random",
+            "--max-new-tokens", 256,
+        ),
+        "This tokenizer has no chat template": (
+            "generate", toy_directory, "--prompt", "w1", "--layers", "4", "--selector", "random", "--chat",
+        ),
+        "Layer 9 was asked for": ("generate", toy_directory, "--prompt", "w1", "--layers", "9-"),
+        "locate found no ME layer": ("generate", toy_directory, "--prompt", "w1", "--text", toys.text(9, x_at=None)),
         "--layers '5-3' goes from 5 down to 3": ("explain", toy_directory, "--layers", "5-3"),
         "n_first_tokens is 1; expected at least 2": ("rigidity", toy_directory, "--n-first-tokens", 1),
         "A fixed first token is compared over texts, and there is only one": (
@@ -187,6 +201,47 @@ def test_nan_weights_are_a_finding_and_not_a_crash(tmp_path):
     assert json.loads((out / "report.json").read_text())["locate"]["blocks"][2]["max_abs"] is None
 
 
+def test_generate_shows_both_answers(toy_directory):
+    given = ["generate", toy_directory, "--prompt", "X w4 w5 w6", "--selector", "random", "--layers", "4-"]
+    given += ["--max-new-tokens", 5]
+    done = run(*given, "--json")
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)
+    (answer,) = values["answers"]
+    assert values["mask"]["layers"] == [4, 5, 6, 7]
+    assert len(answer["plain"].split()) <= 5
+    shown = run(*given)
+    assert shown.exit_code == 0, shown.output
+    assert answer["plain"] in " ".join(shown.stdout.split())
+    assert "Mask: random 0.5, strength 1, blocks: 4-7 (0-based)" in " ".join(shown.stdout.split())
+
+
+def test_generate_locates_where_no_layers_are_given(toy_directory):
+    done = run(
+        "generate", toy_directory, "--prompt", "X w4 w5 w6", "--text", TEXT, "--selector", "random", "--mask-rate", 0,
+        "--max-new-tokens", 4, "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)
+    assert values["mask"]["me_layer"] == 3
+    assert values["mask"]["made_for"]["fingerprint"] == values["model"]["fingerprint"]
+    assert values["answers"][0]["first_difference"] is None
+
+
+def test_a_mask_saved_with_a_model_is_applied_and_said(toy_directory, tmp_path):
+    directory = tmp_path / "masked"
+    shutil.copytree(toy_directory, directory)
+    WeMask(rate=0.5, selector="random", layers=[5]).save(directory)
+    done = run("sinks", directory, "--text", TEXT, "-T", 16, "--json")
+    assert done.exit_code == 0, done.output
+    assert f"Note: The mask saved with {directory} is applied (random 0.5" in " ".join(done.stderr.split())
+    without = run("sinks", directory, "--text", TEXT, "-T", 16, "--json", "--no-mask")
+    assert without.stderr == ""
+    masked, plain = (json.loads(result.stdout)["alpha"] for result in (done, without))
+    assert masked[:5] == plain[:5]
+    assert masked[5] != plain[5]
+
+
 def test_debug_shows_the_trace():
     done = run("locate", "./nowhere", "--debug")
     assert done.exit_code == 2
@@ -204,7 +259,7 @@ def test_a_note_is_a_line_on_stderr(tmp_path):
 
 def test_help_and_version():
     assert run("--version").stdout.strip() == melayer.__version__
-    for command in ("locate", "explain", "rigidity", "sinks", "report"):
+    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate"):
         assert f"Example: melayer {command} demo" in run(command, "--help").stdout
 
 

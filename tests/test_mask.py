@@ -453,6 +453,33 @@ def test_nothing_located_nothing_to_relax():
         WeMask.from_located(located)
 
 
+def test_a_mask_saved_with_a_model(tmp_path):
+    model = model_of("llama")
+    mask = mask_of(rate=1.0)
+    plain, masked = logits(model, TEXT), logits(model, TEXT, mask)
+    model.save_pretrained(tmp_path)
+    toys.tokenizer().save_pretrained(tmp_path)
+    mask.save(tmp_path)
+    with pytest.warns(MelayerWarning, match=r"The mask saved with .* is applied .random 1, strength 1.") as said:
+        loaded = melayer.load(str(tmp_path))
+    assert len(said) == 1
+    assert loaded.mask == mask
+    assert torch.equal(logits(loaded.model, TEXT), masked)
+    assert torch.equal(logits(melayer.load(str(tmp_path), mask=False).model, TEXT), plain)
+    with pytest.raises(InputError, match=r"take a loaded one off with WeMask.detach"), mask.apply(loaded.model):
+        pass
+    copied = copy.deepcopy(loaded.model)
+    WeMask.detach(loaded.model)
+    assert torch.equal(logits(loaded.model, TEXT), plain)
+    assert n_hooks(loaded.model) == 0
+    assert copied is not loaded.model
+    with pytest.raises(InputError, match="No mask is attached to this model"):
+        WeMask.detach(loaded.model)
+    mask_of(me_layer=9).save(tmp_path)
+    with pytest.raises(InputError, match="me_layer is 9, but the model has blocks 0 to 7"):
+        melayer.load(str(tmp_path))
+
+
 def test_what_cannot_be_baked():
     model = model_of("llama")
     with pytest.raises(InputError, match="expected one row of at least one id"):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from melayer.version import __version__
 
 if TYPE_CHECKING:
+    from melayer.answers import AnswersResult, answers
     from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError
     from melayer.explain import ExplainResult, explain
     from melayer.locate import Criterion, LocateResult, locate
@@ -34,6 +35,8 @@ _HOMES = {
     "RigidityResult": "melayer.rigidity",
     "sinks": "melayer.sinks",
     "SinksResult": "melayer.sinks",
+    "answers": "melayer.answers",
+    "AnswersResult": "melayer.answers",
     "WeMask": "melayer.mask",
     "fixed_prefix": "melayer.mask",
     "write_report": "melayer.report",
@@ -45,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnswersResult",
     "ArchitectureError",
     "Criterion",
     "ExplainResult",
@@ -58,6 +62,7 @@ __all__ = [
     "SinksResult",
     "WeMask",
     "__version__",
+    "answers",
     "explain",
     "fixed_prefix",
     "load",

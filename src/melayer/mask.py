@@ -19,7 +19,7 @@ from melayer import architecture, hooks
 from melayer.architecture import Block, Decoder
 from melayer.errors import InputError, MelayerWarning, OutputError
 from melayer.locate import LocateResult
-from melayer.masking import Applied, Masking, Target, claimed, free
+from melayer.masking import Applied, Masking, Target, attach, claimed, detach, free
 from melayer.provenance import fingerprint
 
 if TYPE_CHECKING:
@@ -148,6 +148,20 @@ class WeMask:
             if masking.count and self.strength:
                 stack.enter_context(Applied(masking, decoder).hooked())
             yield
+
+    def attach(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> None:
+        """Applies the mask for good, as far as this object in memory goes; `detach` takes it off. See `apply`."""
+        attach(model, self.apply(model, parts=parts))
+
+    @staticmethod
+    def detach(model: PreTrainedModel) -> None:
+        """Takes off the mask that `attach` or `melayer.load` applied.
+
+        Raises:
+            InputError: There is none.
+        """
+        if not detach(model):
+            raise InputError("No mask is attached to this model. One applied by `with` ends with its block.")
 
     def selected(self, model: PreTrainedModel) -> dict[int, tuple[int, ...]]:
         """For each masked block its masked dimensions; empty for the activation selectors, which choose by token.

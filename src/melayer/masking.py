@@ -6,7 +6,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,7 +56,10 @@ def free(model: PreTrainedModel, parts: Mapping[str, str] | None = None) -> Deco
         )
     decoder = architecture.read(model, parts=parts)
     if decoder.blocks[0].module in _taken:
-        raise InputError("A mask is applied to this model already. Leave its context before applying another.")
+        raise InputError(
+            "A mask is applied to this model already. Leave its context first, or take a loaded one off with "
+            "WeMask.detach(model)."
+        )
     return decoder
 
 
@@ -74,6 +77,35 @@ def claimed(decoder: Decoder) -> Iterator[None]:
         if config is not None:
             config.disable_compile = compiles
         _taken.discard(decoder.blocks[0].module)
+
+
+class _Attached:
+    """What keeps an edit at work for as long as the model lives. A copy of the model has none of its own."""
+
+    def __init__(self, stack: ExitStack | None = None) -> None:
+        self.stack = stack
+
+    def __reduce__(self) -> tuple[type[_Attached], tuple[()]]:
+        return _Attached, ()
+
+
+_ATTACHED = "_melayer_attached"
+
+
+def attach(model: nn.Module, edit: AbstractContextManager[None]) -> None:
+    """Enters the context for good."""
+    stack = ExitStack()
+    stack.enter_context(edit)
+    vars(model)[_ATTACHED] = _Attached(stack)
+
+
+def detach(model: nn.Module) -> bool:
+    """Leaves the context that `attach` entered; false where there is none."""
+    attached = vars(model).pop(_ATTACHED, None)
+    if attached is None or attached.stack is None:
+        return False
+    attached.stack.close()
+    return True
 
 
 @dataclass(eq=False)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from melayer import gguf_cache
-from melayer.errors import ModelError
+from melayer.errors import MelayerWarning, ModelError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from melayer.mask import WeMask
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -28,8 +31,8 @@ class Loaded(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    mask: None = None
-    """The mask that was saved with the model; None unless there is one."""
+    mask: WeMask | None = None
+    """The mask that was saved with the model, and is applied to it; None unless there is one."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ def load(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    mask: bool = True,
 ) -> Loaded:
     """The model and the tokenizer that `name` stands for, ready to run.
+
+    A mask that was saved with the model is applied to it for good: WeMask.detach(model) takes it off.
 
     Args:
         name: `demo`, a local directory, a `.gguf` file, or a hub id such as `HuggingFaceTB/SmolLM2-135M`.
@@ -69,9 +75,14 @@ def load(
         allow_pickle: Read `.bin` checkpoints too. Unpickling runs code from the file.
         trust_remote_code: Run the modelling code that comes with the checkpoint.
         revision: Branch, tag or commit on the hub.
+        mask: Apply the mask that was saved with the model, where there is one.
 
     Raises:
+        InputError: The saved mask is corrupt, or does not fit the model.
         ModelError: The model cannot be found, read or trusted; the message says what to do.
+
+    Warns:
+        MelayerWarning: A mask was saved with the model, and is applied.
 
     Example:
         >>> model, tokenizer, mask = melayer.load("demo")  # doctest: +SKIP
@@ -86,7 +97,38 @@ def load(
     tokenizer = _read_tokenizer(source, options)
     if target is not None:
         model = model.to(target)
-    return Loaded(model.eval(), tokenizer)
+    model = model.eval()
+    return Loaded(model, tokenizer, _saved_mask(source, model, revision) if mask else None)
+
+
+def _saved_mask(source: Source, model: PreTrainedModel, revision: str | None) -> WeMask | None:
+    """The mask beside the weights, applied."""
+    from transformers.utils import cached_file
+
+    from melayer.mask import FILE, WeMask
+
+    if source.is_local:
+        found = str(Path(source.location) / FILE) if (Path(source.location) / FILE).exists() else None
+    else:
+        # A repository without a mask is the common case, and no error.
+        found = cached_file(
+            source.location,
+            FILE,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if found is None:
+        return None
+    mask = WeMask.load(Path(found).parent)
+    mask.attach(model)
+    warnings.warn(
+        f"The mask saved with {source.name} is applied ({mask.selector} {mask.rate:g}, strength {mask.strength:g}). "
+        "load(..., mask=False), or --no-mask, leaves it out.",
+        MelayerWarning,
+        stacklevel=3,
+    )
+    return mask
 
 
 def find(name: str) -> Source:

@@ -38,7 +38,7 @@ MaxTokens = Annotated[
 ]
 MaxListed = Annotated[int, typer.Option(min=1, help="Massive scalars listed a text and block.")]
 Layers = Annotated[
-    str | None, typer.Option(help="Blocks to explain, e.g. 11 or 2,9-11; default: the ME layer and every stage.")
+    str | None, typer.Option(help="Blocks to explain, e.g. 11 or 2,9-11 or 20-; default: the ME layer and every stage.")
 ]
 Length = Annotated[int, typer.Option("--T", "-T", help="Tokens in each sequence; the rate falls with it.")]
 
@@ -97,11 +97,11 @@ def explain_command(
     """
     with session(options.output.debug):
         given = {**options.arguments(), "max_tokens": max_tokens, "seeds": seeds, "top": top, "max_texts": max_texts}
-        given["layers"] = _layers(layers)
+        blocks = _blocks("--layers", layers)
         from melayer.explain import explain
         from melayer.terminal import show_explain
 
-        _measure("Explaining", explain, show_explain, model, given, options)
+        _measure("Explaining", explain, show_explain, model, given, options, blocks)
 
 
 @app.command("rigidity")
@@ -195,6 +195,76 @@ def report_command(
             output.print(f"Open {written.html} in a browser; {written.json} holds the same figures.", markup=False)
 
 
+@app.command("generate")
+@flat
+def generate_command(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="What to answer; repeatable.", show_default=False)],
+    rate: Annotated[float, typer.Option("--mask-rate", help="The share of the dimensions to mask.")] = 0.5,
+    strength: Annotated[float, typer.Option(help="How much of a masked entry is taken away.")] = 1.0,
+    selector: Annotated[str, typer.Option(help="weight, weight-low, activation, activation-low or random.")] = "weight",
+    layers: Annotated[
+        str | None, typer.Option(help="Masked blocks, e.g. 12- or 12,14-20; default: all after the ME layer.")
+    ] = None,
+    positions: Annotated[str, typer.Option(help="first tokens, or all massive ones.")] = "first",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 128,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Chat template; default: where there is one.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw, and of selector random.")] = 0,
+    *,
+    options: Options,
+) -> None:
+    """Show the answers with and without the mask, side by side.
+
+    The ME layer is located first, on melayer's own texts or those given; with --layers there is no need.
+
+    Example: [bold]melayer generate demo --prompt "Why is the sky blue?" --mask-rate 0.5[/]
+    """
+    with session(options.output.debug):
+        shared, blocks = options.arguments(), _blocks("--layers", layers)
+        from melayer.answers import answers
+        from melayer.mask import WeMask
+        from melayer.terminal import live_answers, show_answers
+
+        fields: dict[str, Any] = {"rate": rate, "strength": strength, "selector": selector, "seed": seed}
+        fields |= {"positions": positions}
+        # Whatever is wrong with these is wrong before the model is loaded, too.
+        WeMask(**{**fields, "me_layer": 0, "massive_above": 0.0})
+        loaded = load(model, options.model.loading())
+        if blocks is not None and positions == "first":
+            mask = WeMask(**fields, layers=tuple(_resolved(blocks, loaded, shared["parts"]) or ()))
+        else:
+            from melayer.locate import locate
+
+            with progress("Locating") as part:
+                located = locate(loaded.model, loaded.tokenizer, **shared, name=model, progress=part(0))
+            if blocks is not None:
+                fields["layers"] = tuple(_resolved(blocks, loaded, shared["parts"]) or ())
+            mask = WeMask.from_located(located, **fields)
+        asked: dict[str, Any] = {
+            "mask": mask,
+            "max_new_tokens": max_new_tokens,
+            "chat": chat,
+            "system": system,
+            "name": model,
+        }
+        asked |= {"temperature": temperature, "seed": seed}
+        if options.output.as_json:
+            result = answers(loaded.model, loaded.tokenizer, prompt, **asked)
+            typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False))
+            return
+        output = Console()
+        if output.is_terminal:
+            with live_answers(prompt, output) as stream:
+                result = answers(loaded.model, loaded.tokenizer, prompt, **asked, stream=stream)
+        else:
+            result = answers(loaded.model, loaded.tokenizer, prompt, **asked)
+        show_answers(result, output)
+
+
 def main() -> None:
     """The entry point of the `melayer` command."""
     app()
@@ -214,9 +284,12 @@ def _measure(
     model: str,
     given: dict[str, Any],
     options: Options,
+    blocks: list[range] | None = None,
 ) -> None:
     """Load, measure under a bar, print."""
     loaded = load(model, options.model.loading())
+    if blocks is not None:
+        given = {**given, "layers": _resolved(blocks, loaded, given["parts"])}
     with progress(title) as part:
         result = measurement(loaded.model, loaded.tokenizer, name=model, progress=part(0), **given)
     if options.output.as_json:
@@ -261,17 +334,39 @@ def _everything(
     return located, found, not_measured
 
 
-def _layers(given: str | None) -> list[int] | None:
-    """The blocks that `2,9-11` names."""
+def _blocks(option: str, given: str | None) -> list[range] | None:
+    """The blocks that `2,9-11,20-` names; the last one goes on to the end, wherever that is."""
     if given is None:
         return None
-    layers: list[int] = []
+    found = []
     for item in given.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item)
-        if match is None:
-            raise InputError(f"--layers {given!r} was given; expected blocks counted from 0, for example 11 or 2,9-11.")
-        first, last = int(match[1]), int(match[2] or match[1])
+        match = re.fullmatch(r"\s*(\d+)\s*(?:([-:])\s*(\d*)\s*)?", item)
+        if match is None or (match[2] == ":" and match[3]):
+            raise InputError(
+                f"{option} {given!r} was given; expected blocks counted from 0, for example 11 or 2,9-11 or 12-."
+            )
+        first = int(match[1])
+        last = first if match[2] is None else int(match[3]) if match[3] else sys.maxsize - 1
         if last < first:
-            raise InputError(f"--layers {given!r} goes from {first} down to {last}. Give the smaller block first.")
-        layers += range(first, last + 1)
+            raise InputError(f"{option} {given!r} goes from {first} down to {last}. Give the smaller block first.")
+        found.append(range(first, last + 1))
+    return found
+
+
+def _resolved(blocks: list[range] | None, loaded: Loaded, parts: dict[str, str]) -> list[int] | None:
+    """The numbers of the blocks, now that the model says how many it has."""
+    if blocks is None:
+        return None
+    from melayer import architecture
+
+    n_layers = architecture.read(loaded.model, parts=parts).n_layers
+    layers: list[int] = []
+    for span in blocks:
+        last = n_layers - 1 if span.stop == sys.maxsize else span.stop - 1
+        if max(last, span.start) >= n_layers:
+            raise InputError(
+                f"Layer {max(last, span.start)} was asked for, but the model has blocks 0 to {n_layers - 1}. "
+                "Give layers in that range, counted from 0."
+            )
+        layers += range(span.start, last + 1)
     return layers

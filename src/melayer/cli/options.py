@@ -103,6 +103,10 @@ class ModelOptions:
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL)] = (
         None
     )
+    mask: Annotated[
+        bool,
+        typer.Option("--mask/--no-mask", help="Apply the mask saved with the model, if any.", rich_help_panel=_MODEL),
+    ] = True
     part: Annotated[
         list[str] | None,
         typer.Option(help="Name a part that is not found, e.g. ffn=feed_forward.", rich_help_panel=_MODEL),
