@@ -27,7 +27,7 @@ def test_the_python_example_prints_what_its_comments_say(demo, tmp_path, monkeyp
         exec(compile(code, "README.md", "exec"), {})
     lines = printed.getvalue().splitlines()
     promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
-    assert len(promised) == 6
+    assert len(promised) == 7
     assert lines[1:] == promised
     assert (tmp_path / "demo-report" / "report.html").exists()
 
@@ -46,9 +46,9 @@ def test_the_output_shown_is_the_output(demo):
 
 def test_every_public_name_and_command_is_documented():
     documents = README + "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
-    for name in ("load", "locate", "explain", "rigidity", "sinks", "write_report"):
+    for name in ("load", "locate", "explain", "rigidity", "sinks", "answers", "fixed_prefix", "WeMask", "write_report"):
         assert f"melayer.{name}(" in documents
-    for command in ("locate", "explain", "rigidity", "sinks", "report"):
+    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate"):
         assert f"melayer {command} " in documents
 
 
