@@ -5,6 +5,10 @@
 Each contender does the same job on the same tokens in a process of its own: the largest |h| with its place and the
 median by block, and the mean attention that key 0 draws by block and head. `plain` is the forward pass alone (SDPA,
 one row of logits, as for all others). Ratios are to the plain pass of the same round; the table shows their medians.
+
+nnsight and TransformerLens run where an environment of their own has them beside melayer; name its interpreter:
+
+    python benchmarks/sinks.py --python nnsight=env/bin/python --python transformer-lens=env/bin/python
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 CONTENDERS = ("plain", "melayer", "hidden-states", "eager-attentions")
+OPTIONAL = ("nnsight", "transformer-lens")
+EAGER = ("eager-attentions", *OPTIONAL)
 
 
 def run_plain(model: Any, tokenizer: Any, ids: Any, text: str) -> None:
@@ -47,6 +53,43 @@ def run_eager_attentions(model: Any, tokenizer: Any, ids: Any, text: str) -> Non
         attention[0, :, :, 0].mean(dim=-1)
 
 
+def run_nnsight(model: Any, tokenizer: Any, ids: Any, text: str) -> None:
+    """nnsight on eager attention; each block is summarised as it comes, and only summaries are saved."""
+    from nnsight import LanguageModel
+
+    wrapped = LanguageModel(model, tokenizer=tokenizer)
+    with wrapped.trace(ids, use_cache=False, logits_to_keep=1):
+        found = list().save()  # type: ignore[attr-defined]  # noqa: C408 - nnsight gives lists a `save`
+        for block in wrapped.model.layers:
+            drawn = block.self_attn.output[1][0, :, :, 0].mean(dim=-1)
+            magnitude = block.output.abs()
+            found.append((drawn, magnitude.argmax(), magnitude.max(), magnitude.flatten().median()))
+    assert len(found) == len(model.model.layers)
+
+
+def run_transformer_lens(model: Any, tokenizer: Any, ids: Any, text: str) -> None:
+    """TransformerLens' bridge on the same model with hooks that keep summaries only."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if not hasattr(model, "bridge"):
+        vars(model)["bridge"] = TransformerBridge.boot_transformers(
+            model.name_or_path, hf_model=model, tokenizer=tokenizer, device="cpu"
+        )
+    seen = []
+
+    def pattern(value: Any, hook: Any) -> None:
+        seen.append(value[0, :, :, 0].mean(dim=-1))
+
+    def block_out(value: Any, hook: Any) -> None:
+        _summarise([value])
+
+    hooks = []
+    for layer in range(model.config.num_hidden_layers):
+        hooks += [(f"blocks.{layer}.attn.hook_pattern", pattern), (f"blocks.{layer}.hook_out", block_out)]
+    vars(model)["bridge"].run_with_hooks(ids, fwd_hooks=hooks)
+    assert len(seen) == model.config.num_hidden_layers
+
+
 def _summarise(hidden_states: Any) -> None:
     for hidden in hidden_states:
         magnitude = hidden[0].abs()
@@ -65,7 +108,7 @@ def child(contender: str, length: int) -> dict[str, float]:
 
     logging.disable_progress_bar()
     model, tokenizer, _ = melayer.load("demo")
-    if contender == "eager-attentions":
+    if contender in EAGER:
         model.set_attn_implementation("eager")
     text = "\n\n".join(builtin_texts())
     while len(ids := tokenizer(text)["input_ids"]) < length:
@@ -95,11 +138,11 @@ def needed_bytes(contender: str, length: int) -> int:
     return 30 * 9 * length**2 * 4 if contender == "eager-attentions" else 0
 
 
-def measure(contender: str, length: int) -> dict[str, float] | None:
+def measure(contender: str, length: int, python: str = sys.executable) -> dict[str, float] | None:
     """One process; None where the contender needs more memory than there is, or died."""
     if needed_bytes(contender, length) > 0.8 * available_bytes():
         return None
-    command = [sys.executable, __file__, "--child", contender, str(length)]
+    command = [python, __file__, "--child", contender, str(length)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return None
@@ -112,19 +155,24 @@ def main() -> None:
     parser.add_argument("--lengths", default="512,2048,4096")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PYTHON", help="nnsight=... and so on")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         print(json.dumps(child(given.child[0], int(given.child[1]))))
         return
+    pythons = dict(item.partition("=")[::2] for item in given.python)
+    if not set(pythons) <= set(OPTIONAL):
+        parser.error(f"--python takes {' or '.join(OPTIONAL)}, each with its interpreter")
+    contenders = (*CONTENDERS, *pythons)
     results: list[dict[str, Any]] = []
     for length in map(int, given.lengths.split(",")):
-        ratios: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in CONTENDERS}
+        ratios: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in contenders}
         for turn in range(given.repeats):
             plain: dict[str, float] | None = None
-            for contender in CONTENDERS:
+            for contender in contenders:
                 sys.stderr.write(f"T = {length}, round {turn + 1} of {given.repeats}: {contender}\n")
-                found = measure(contender, length)
+                found = measure(contender, length, pythons.get(contender, sys.executable))
                 plain = found if contender == "plain" else plain
                 if found is None or plain is None:
                     continue
