@@ -54,7 +54,7 @@ def defaults(function):
 
 
 def test_options_have_the_names_and_defaults_of_the_function():
-    for command in ("locate", "explain", "rigidity", "sinks", "report"):
+    for command in ("locate", "explain", "rigidity", "sinks", "sweep", "report"):
         options = defaults(getattr(cli, f"{command}_command"))
         assert vars(Criterion()).items() <= options.items()
         load = defaults(melayer.load)
@@ -64,10 +64,20 @@ def test_options_have_the_names_and_defaults_of_the_function():
             continue
         function = defaults(getattr(melayer, command))
         elsewhere = {"model", "tokenizer", "texts", "parts", "name", "criterion", "progress", "located"}
+        elsewhere |= {"resume"}  # --out
+        if command == "sweep":
+            elsewhere |= {"rates", "selectors", "layers"}  # text: the next test reads their defaults
         for name in function.keys() - elsewhere:
             assert options[name] == function[name], (command, name)
     report, locate = defaults(cli.report_command), defaults(cli.locate_command)
     assert {name: report[name] for name in locate} == locate
+
+
+def test_the_default_grid_is_that_of_the_function():
+    function, options = defaults(melayer.sweep), defaults(cli.sweep_command)
+    assert cli._rates(options["rates"]) == list(function["rates"])
+    assert tuple(options["selectors"].split(",")) == function["selectors"]
+    assert options["layers"] is function["layers"] is None
 
 
 MEASUREMENTS = {
@@ -149,6 +159,15 @@ def test_bad_input(toy_directory, tmp_path):
         ),
         "Layer 9 was asked for": ("generate", toy_directory, "--prompt", "w1", "--layers", "9-"),
         "locate found no ME layer": ("generate", toy_directory, "--prompt", "w1", "--text", toys.text(9, x_at=None)),
+        "selector is 'best'; expected one of weight": ("sweep", "./nowhere", "--selectors", "best"),
+        "rate is 1.5; expected a share": ("sweep", "./nowhere", "--rates", "0,1.5"),
+        "'x' is not a number. Give e.g. 0,0.5,1": ("sweep", "./nowhere", "--rates", "0,x"),
+        "stands behind two rates and before the last one": ("sweep", "./nowhere", "--rates", "0,...,1"),
+        "steps of 0.3 do not lead to 1": ("sweep", "./nowhere", "--rates", "0,0.3,...,1"),
+        "There are no rates to sweep over": ("sweep", "./nowhere", "--rates", ","),
+        "so there is nothing to sweep": (
+            "sweep", toy_directory, "--text", toys.text(20, x_at=None), "-T", 16,
+        ),
         "--layers '5-3' goes from 5 down to 3": ("explain", toy_directory, "--layers", "5-3"),
         "n_first_tokens is 1; expected at least 2": ("rigidity", toy_directory, "--n-first-tokens", 1),
         "A fixed first token is compared over texts, and there is only one": (
@@ -228,6 +247,26 @@ def test_generate_locates_where_no_layers_are_given(toy_directory):
     assert values["answers"][0]["first_difference"] is None
 
 
+def test_a_sweep_is_written_and_goes_on(toy_directory, tmp_path):
+    given = ["sweep", toy_directory, "--text", toys.text(40, x_at=0), "-T", 20, "--selectors", "random"]
+    given += ["--out", tmp_path]
+    done = run(*given, "--rates", "0,0.5", "--json")
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)
+    assert [(p["selector"], p["rate"]) for p in (values["plain"], *values["masked"])] == [(None, 0), ("random", 0.5)]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["sweep"] == values
+    kept = (tmp_path / "sweep.jsonl").read_text()
+    more = run(*given, "--rates", "0,0.25,...,1")
+    assert more.exit_code == 0, more.output
+    assert (tmp_path / "sweep.jsonl").read_text().startswith(kept)
+    assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1 + 5
+    assert "random 0.75" in " ".join(more.stdout.split())
+    other = run(*given, "--rates", "0,0.5", "--seed", 1)
+    assert other.exit_code == 2
+    assert "is of another sweep: seed differs" in " ".join(other.stderr.split())
+
+
 def test_a_mask_saved_with_a_model_is_applied_and_said(toy_directory, tmp_path):
     directory = tmp_path / "masked"
     shutil.copytree(toy_directory, directory)
@@ -259,7 +298,7 @@ def test_a_note_is_a_line_on_stderr(tmp_path):
 
 def test_help_and_version():
     assert run("--version").stdout.strip() == melayer.__version__
-    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate"):
+    for command in ("locate", "explain", "rigidity", "sinks", "sweep", "report", "generate"):
         assert f"Example: melayer {command} demo" in run(command, "--help").stdout
 
 

@@ -46,9 +46,21 @@ def test_the_output_shown_is_the_output(demo):
 
 def test_every_public_name_and_command_is_documented():
     documents = README + "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
-    for name in ("load", "locate", "explain", "rigidity", "sinks", "answers", "fixed_prefix", "WeMask", "write_report"):
+    for name in (
+        "load",
+        "locate",
+        "explain",
+        "rigidity",
+        "sinks",
+        "answers",
+        "fixed_prefix",
+        "WeMask",
+        "perplexity",
+        "sweep",
+        "write_report",
+    ):
         assert f"melayer.{name}(" in documents
-    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate"):
+    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate", "sweep"):
         assert f"melayer {command} " in documents
 
 

@@ -43,6 +43,7 @@ def evil_rest():
         "explain": melayer.explain(model, tokenizer, **given),
         "rigidity": melayer.rigidity(model, tokenizer, **given, n_first_tokens=9),
         "sinks": melayer.sinks(model, tokenizer, **given, T=16, epsilon=0.05),
+        "sweep": melayer.sweep(model, tokenizer, **given, T=16, rates=[0.5, 1], selectors=["random"]),
     }
 
 
@@ -174,6 +175,7 @@ def test_the_plots_are_drawn_offline_and_without_errors(chromium, page, scheme, 
     assert keys == {
         "magnitudes", "shares", "tokens", "surface", "explain-budget-3", "explain-neurons-3",
         "explain-counterfactuals-3", "rigidity-cosine", "rigidity-rank", "sinks-heads", "sinks-rate", "sinks-massive",
+        "sweep-perplexity", "sweep-sinks", "sweep-both", "sweep-heads", "sweep-cosine",
     }  # fmt: skip
     for key in keys - {"surface"}:
         assert tab.locator(f"#plot-{key} .main-svg").count() > 0
@@ -187,6 +189,13 @@ def test_the_plots_are_drawn_offline_and_without_errors(chromium, page, scheme, 
     assert tab.locator("#plot-rigidity-cosine .scatterlayer path.js-line").count() >= 3
     assert tab.locator("#plot-sinks-heads .heatmaplayer image").count() == 1
     assert tab.locator("#plot-sinks-rate .scatterlayer path.js-line").count() == 4
+    # The switch: one trace is drawn, and another one after a click.
+    assert tab.locator("#plot-sweep-heads .heatmaplayer image").count() == 1
+    before = tab.locator("#plot-sweep-heads .heatmaplayer image").get_attribute("href")
+    tab.locator("#plot-sweep-heads .updatemenu-header").click()
+    tab.locator("#plot-sweep-heads .updatemenu-dropdown-button").nth(2).click()
+    tab.wait_for_timeout(500)
+    assert tab.locator("#plot-sweep-heads .heatmaplayer image").get_attribute("href") != before
     # The page itself never scrolls sideways; wide tables do so in their own box.
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     ink = tab.evaluate("getComputedStyle(document.querySelector('#plot-magnitudes .xtitle')).fill")

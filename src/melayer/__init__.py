@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from melayer.locate import Criterion, LocateResult, locate
     from melayer.mask import WeMask, fixed_prefix
     from melayer.models import Loaded, load
+    from melayer.perplexity import PerplexityResult, perplexity
     from melayer.report import write_report
     from melayer.rigidity import RigidityResult, rigidity
     from melayer.sinks import SinksResult, sinks
+    from melayer.sweep import SweepResult, sweep
 
 _HOMES = {
     "load": "melayer.models",
@@ -39,6 +41,10 @@ _HOMES = {
     "AnswersResult": "melayer.answers",
     "WeMask": "melayer.mask",
     "fixed_prefix": "melayer.mask",
+    "perplexity": "melayer.perplexity",
+    "PerplexityResult": "melayer.perplexity",
+    "sweep": "melayer.sweep",
+    "SweepResult": "melayer.sweep",
     "write_report": "melayer.report",
     "MelayerError": "melayer.errors",
     "ModelError": "melayer.errors",
@@ -58,8 +64,10 @@ __all__ = [
     "MelayerError",
     "ModelError",
     "OutputError",
+    "PerplexityResult",
     "RigidityResult",
     "SinksResult",
+    "SweepResult",
     "WeMask",
     "__version__",
     "answers",
@@ -67,8 +75,10 @@ __all__ = [
     "fixed_prefix",
     "load",
     "locate",
+    "perplexity",
     "rigidity",
     "sinks",
+    "sweep",
     "write_report",
 ]
 

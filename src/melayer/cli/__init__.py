@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -149,6 +150,68 @@ def sinks_command(
         from melayer.terminal import show_sinks
 
         _measure("Measuring sinks", sinks, show_sinks, model, given, options)
+
+
+@app.command("sweep")
+@flat
+def sweep_command(
+    model: Model,
+    rates: Annotated[str, typer.Option(help="Shares of the dimensions to mask.")] = "0,0.1,...,1",
+    selectors: Annotated[
+        str, typer.Option(help="Of weight, weight-low, activation, activation-low and random.")
+    ] = "weight,activation,random",
+    strength: Annotated[float, typer.Option(help="How much of a masked entry is taken away.")] = 1.0,
+    layers: Annotated[
+        str | None, typer.Option(help="Masked blocks, e.g. 12- or 12,14-20; default: all after the ME layer.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of selector random.")] = 0,
+    T: Annotated[int, typer.Option("--T", "-T", help="Tokens in each sequence, for perplexity and sinks.")] = 64,
+    epsilon: Annotated[float, typer.Option(help="A head is a sink head where a key draws more than this.")] = 0.3,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for a report; a sweep that was stopped goes on from there.")
+    ] = None,
+    *,
+    options: Options,
+) -> None:
+    """Measure perplexity, sinks, rigidity and effective rank under masks of every size.
+
+    Example: [bold]melayer sweep demo --rates 0,0.5,1 --selectors weight,random --out demo-sweep[/]
+    """
+    with session(options.output.debug):
+        shared, blocks = options.arguments(), _blocks("--layers", layers)
+        grid: dict[str, Any] = {"rates": _rates(rates), "selectors": _items(selectors)}
+        from melayer.report import check_writable, write_report
+        from melayer.sweep import FILE, check_grid, sweep
+        from melayer.terminal import show_sweep
+
+        check_grid(**grid)
+        if out is not None:
+            check_writable(out)
+        loaded = load(model, options.model.loading())
+        given: dict[str, Any] = {**shared, **grid, "strength": strength, "seed": seed, "T": T, "epsilon": epsilon}
+        given |= {"layers": _resolved(blocks, loaded, shared["parts"]), "resume": None if out is None else out / FILE}
+        with progress("Sweeping") as part:
+            result = sweep(loaded.model, loaded.tokenizer, **given, name=model, progress=part(0))
+        written = None
+        if out is not None:
+            from melayer.models import weight_hashes
+
+            with stderr().status("Writing the report"):
+                written = write_report(
+                    result.located,
+                    out,
+                    sweep=result,
+                    command=shlex.join(["melayer", *sys.argv[1:]]),
+                    device=str(loaded.model.device),
+                    weights=weight_hashes(loaded.model, model),
+                )
+        if options.output.as_json:
+            typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False))
+            return
+        show_sweep(result, Console())
+        if written is not None:
+            output = Console(soft_wrap=True, highlight=False)
+            output.print(f"Open {written.html} in a browser; {written.json} holds the same figures.", markup=False)
 
 
 @app.command("report")
@@ -332,6 +395,34 @@ def _everything(
     for key, reason in not_measured.items():
         stderr().print(f"Note: {key} was not measured. {reason}", markup=False)
     return located, found, not_measured
+
+
+def _items(given: str) -> list[str]:
+    return [item.strip() for item in given.split(",") if item.strip()]
+
+
+def _rates(given: str) -> list[float]:
+    """The numbers that `0,0.1,...,1` names: `...` goes on in steps of the two before it to the one behind it."""
+    rates: list[float] = []
+    items = _items(given)
+    for place, item in enumerate(items):
+        if item == "...":
+            if place < 2 or place + 1 == len(items) or "..." in items[place - 2 : place]:
+                raise InputError(f"--rates {given!r} was given; '...' stands behind two rates and before the last one.")
+            continue
+        try:
+            rate = float(item)
+        except ValueError as error:
+            raise InputError(f"--rates {given!r} was given; {item!r} is not a number. Give e.g. 0,0.5,1.") from error
+        if place and items[place - 1] == "...":
+            first, step = rates[-1], rates[-1] - rates[-2]
+            count = round((rate - first) / step) if step and math.isfinite((rate - first) / step) else 0
+            if not 0 < count <= 1000 or abs(first + count * step - rate) > 1e-6:
+                raise InputError(f"--rates {given!r} was given; steps of {step:g} do not lead to {rate:g}.")
+            # 0.1 + 0.2 is not 0.3 in binary, and the same rate is to be found again in a file.
+            rates += [round(first + step * number, 10) for number in range(1, count)]
+        rates.append(rate)
+    return rates
 
 
 def _blocks(option: str, given: str | None) -> list[range] | None:

@@ -20,8 +20,10 @@ from melayer.report.locate import section as locate_section
 from melayer.report.rigidity import section as rigidity_section
 from melayer.report.sections import Plot, Section
 from melayer.report.sinks import section as sinks_section
+from melayer.report.sweep import section as sweep_section
 from melayer.rigidity import RigidityResult
 from melayer.sinks import SinksResult
+from melayer.sweep import SweepResult
 from melayer.version import __version__
 
 _TITLES = {"explain": "Why it is there", "rigidity": "What it makes rigid", "sinks": "What attention does with it"}
@@ -57,6 +59,7 @@ def write_report(
     explain: ExplainResult | None = None,
     rigidity: RigidityResult | None = None,
     sinks: SinksResult | None = None,
+    sweep: SweepResult | None = None,
     not_measured: Mapping[str, str] | None = None,
     command: str | None = None,
     device: str | None = None,
@@ -70,6 +73,7 @@ def write_report(
         explain: What `explain` found on the same model, for a section of its own.
         rigidity: What `rigidity` found.
         sinks: What `sinks` found.
+        sweep: What `sweep` found.
         not_measured: For `explain`, `rigidity` or `sinks`, why there is no result; the page says so in its place.
         command: The command that made the report, for its provenance.
         device: Where the model ran.
@@ -85,7 +89,7 @@ def write_report(
     out = Path(out)
     check_writable(out)
     missing = dict(not_measured or {})
-    for given in (explain, rigidity, sinks):
+    for given in (explain, rigidity, sinks, sweep):
         if given is not None and given.model.fingerprint != result.model.fingerprint:
             raise InputError(
                 f"The {type(given).__name__} is of another model (fingerprint {given.model.fingerprint}) than the "
@@ -98,6 +102,8 @@ def write_report(
         sections.append(rigidity_section(rigidity))
     if sinks is not None:
         sections.append(sinks_section(sinks))
+    if sweep is not None:
+        sections.append(sweep_section(sweep))
     sections += [Section(key, _TITLES[key], f"Not measured. {reason}", ()) for key, reason in missing.items()]
     provenance = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -109,7 +115,7 @@ def write_report(
     values = {"melayer_version": __version__, "provenance": provenance, "locate": result.to_dict()}
     values |= {
         key: found.to_dict()
-        for key, found in (("explain", explain), ("rigidity", rigidity), ("sinks", sinks))
+        for key, found in (("explain", explain), ("rigidity", rigidity), ("sinks", sinks), ("sweep", sweep))
         if found is not None
     }
     if missing:

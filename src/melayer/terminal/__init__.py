@@ -5,5 +5,6 @@ from melayer.terminal.explain import show_explain
 from melayer.terminal.locate import show_locate
 from melayer.terminal.rigidity import show_rigidity
 from melayer.terminal.sinks import show_sinks
+from melayer.terminal.sweep import show_sweep
 
-__all__ = ["live_answers", "show_answers", "show_explain", "show_locate", "show_rigidity", "show_sinks"]
+__all__ = ["live_answers", "show_answers", "show_explain", "show_locate", "show_rigidity", "show_sinks", "show_sweep"]
