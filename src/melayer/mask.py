@@ -287,10 +287,6 @@ class WeMask:
             massive_above=self.massive_above,
         )
 
-    def check(self, decoder: Decoder) -> None:
-        """Raises InputError if the mask cannot be applied to this model; touches nothing."""
-        self._masking(decoder)
-
     def _check(self, decoder: Decoder) -> None:
         made = self.made_for
         if made is not None:
