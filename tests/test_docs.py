@@ -60,6 +60,8 @@ def test_every_public_name_and_command_is_documented():
         "write_report",
     ):
         assert f"melayer.{name}(" in documents
+    for name in ("SetMassive", "FlatGamma", "CapWrite", "RemoveNeurons"):
+        assert f"`{name}" in documents
     for command in ("locate", "explain", "rigidity", "sinks", "report", "generate", "sweep"):
         assert f"melayer {command} " in documents
 

@@ -35,6 +35,7 @@ ORDER = (
     "neurons",
     "causes",
     "explain",
+    "comparators",
     "report.sections",
     "report.locate",
     "report.rigidity",

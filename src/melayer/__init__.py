@@ -14,6 +14,7 @@ from melayer.version import __version__
 
 if TYPE_CHECKING:
     from melayer.answers import AnswersResult, answers
+    from melayer.comparators import CapWrite, FlatGamma, RemoveNeurons, SetMassive
     from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError
     from melayer.explain import ExplainResult, explain
     from melayer.locate import Criterion, LocateResult, locate
@@ -41,6 +42,10 @@ _HOMES = {
     "AnswersResult": "melayer.answers",
     "WeMask": "melayer.mask",
     "fixed_prefix": "melayer.mask",
+    "CapWrite": "melayer.comparators",
+    "FlatGamma": "melayer.comparators",
+    "RemoveNeurons": "melayer.comparators",
+    "SetMassive": "melayer.comparators",
     "perplexity": "melayer.perplexity",
     "PerplexityResult": "melayer.perplexity",
     "sweep": "melayer.sweep",
@@ -56,8 +61,10 @@ _HOMES = {
 __all__ = [
     "AnswersResult",
     "ArchitectureError",
+    "CapWrite",
     "Criterion",
     "ExplainResult",
+    "FlatGamma",
     "InputError",
     "Loaded",
     "LocateResult",
@@ -65,7 +72,9 @@ __all__ = [
     "ModelError",
     "OutputError",
     "PerplexityResult",
+    "RemoveNeurons",
     "RigidityResult",
+    "SetMassive",
     "SinksResult",
     "SweepResult",
     "WeMask",

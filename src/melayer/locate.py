@@ -205,6 +205,16 @@ class LocateResult:
         }
 
     @property
+    def massive_above(self) -> float:
+        """What a token's largest |h| at the ME layer's output must exceed to be massive, as one constant.
+
+        The larger of `min_abs` and `min_ratio` medians of that block: a median over the tokens at hand would let one
+        depend on those beside and behind it.
+        """
+        median = 0.0 if self.me_layer is None else self.blocks[self.me_layer].median_abs or 0.0
+        return float(max(self.criterion.min_abs, self.criterion.min_ratio * median))
+
+    @property
     def sentence(self) -> str:
         """The answer in one sentence, computed from the figures."""
         if self.non_finite is not None:

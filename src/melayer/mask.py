@@ -40,6 +40,30 @@ class MadeFor:
     d_model: int
     fingerprint: str
 
+    @classmethod
+    def of(cls, located: LocateResult) -> MadeFor:
+        """The model that `locate` measured."""
+        model = located.model
+        return cls(model.family, model.n_layers, model.d_model, model.fingerprint)
+
+    def check(self, decoder: Decoder) -> None:
+        """Raises InputError for another architecture, and warns of other weights."""
+        if (decoder.family, decoder.n_layers, decoder.d_model) != (self.family, self.n_layers, self.d_model):
+            raise InputError(
+                f"It was made for another model: {self.family} with {self.n_layers} blocks and d_model "
+                f"{self.d_model}, and this is {decoder.family} with {decoder.n_layers} and {decoder.d_model}. "
+                "Make one for this model from melayer.locate(model, tokenizer)."
+            )
+        # Adapters rename every parameter, so that the hash of the same base model would differ.
+        found = self.fingerprint if hasattr(decoder.model, "peft_config") else fingerprint(decoder.model)
+        if found != self.fingerprint:
+            warnings.warn(
+                f"It was made for weights with fingerprint {self.fingerprint}; these have {found}. Where the ME layer "
+                "is may have changed: run locate on them.",
+                MelayerWarning,
+                stacklevel=5,
+            )
+
 
 @dataclass(frozen=True)
 class WeMask:
@@ -117,10 +141,8 @@ class WeMask:
         at = located.me_layer
         if at is None:
             raise InputError("locate found no ME layer in this model, so there is nothing to relax.")
-        model, criterion = located.model, located.criterion
-        above = max(criterion.min_abs, criterion.min_ratio * (located.blocks[at].median_abs or 0.0))
-        made_for = MadeFor(model.family, model.n_layers, model.d_model, model.fingerprint)
-        return cls(**{"me_layer": at, "massive_above": float(above), "made_for": made_for, **options})
+        found = {"me_layer": at, "massive_above": located.massive_above, "made_for": MadeFor.of(located)}
+        return cls(**{**found, **options})
 
     @contextmanager
     def apply(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> Iterator[None]:
@@ -288,24 +310,8 @@ class WeMask:
         )
 
     def _check(self, decoder: Decoder) -> None:
-        made = self.made_for
-        if made is not None:
-            given, expected = (decoder.n_layers, decoder.d_model), (made.n_layers, made.d_model)
-            if (decoder.family, *given) != (made.family, *expected):
-                raise InputError(
-                    f"The mask was made for another model: {made.family} with {made.n_layers} blocks and d_model "
-                    f"{made.d_model}, and this is {decoder.family} with {decoder.n_layers} and {decoder.d_model}. "
-                    "Make one with WeMask.from_located(melayer.locate(model, tokenizer))."
-                )
-            # Adapters rename every parameter, so that the hash of the same base model would differ.
-            found = made.fingerprint if hasattr(decoder.model, "peft_config") else fingerprint(decoder.model)
-            if found != made.fingerprint:
-                warnings.warn(
-                    f"The mask was made for weights with fingerprint {made.fingerprint}; these have {found}. Where the "
-                    "ME layer is may have changed: run locate on them.",
-                    MelayerWarning,
-                    stacklevel=4,
-                )
+        if self.made_for is not None:
+            self.made_for.check(decoder)
         for dim in self.dims or ():
             if not 0 <= dim < decoder.d_model:
                 raise InputError(f"Dimension {dim} was given, but the model has 0 to {decoder.d_model - 1}.")
