@@ -6,6 +6,7 @@ beside or behind it, on padding or on the cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from melayer import architecture, hooks
+from melayer import hooks
 from melayer.architecture import Block, Decoder
 from melayer.counterfactuals import Edit, flat, with_gamma
 from melayer.errors import InputError
@@ -23,6 +24,7 @@ from melayer.inputs import batches, builtin_texts, encode
 from melayer.locate import LocateResult, forward
 from melayer.mask import MadeFor
 from melayer.masking import claimed, free
+from melayer.provenance import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +71,16 @@ class SetMassive(_AtOneBlock):
     values: tuple[tuple[int, float], ...]
     """For each massive dimension what is put there."""
     made_for: MadeFor | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without a model."""
+        if not self.massive_above >= 0:
+            raise InputError(f"massive_above is {self.massive_above}; expected a size of 0 or more.")
+        values = tuple((int(dim), float(value)) for dim, value in self.values)
+        for dim, value in values:
+            if not math.isfinite(value):
+                raise InputError(f"Dimension {dim} was to be set to {value}; expected a finite number.")
+        object.__setattr__(self, "values", values)
 
     @classmethod
     def from_located(cls, located: LocateResult, *, to: Literal["zero", "mean"] = "zero") -> SetMassive:
@@ -128,7 +140,18 @@ class FlatGamma(_AtOneBlock):
     def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
         if block.ffn_norm is None:
             raise InputError(f"Block {block.layer} has no norm before its FFN, so there is no gamma to flatten.")
-        return with_gamma(block.ffn_norm, flat(self.amount), decoder.d_model) if self.amount else []
+        # Amount 0 changes nothing: no hook is the surest way to leave every bit as it is.
+        if not self.amount:
+            return []
+        edits = with_gamma(block.ffn_norm, flat(self.amount), decoder.d_model)
+        # A norm that computes something else is refused here, not in the middle of somebody's forward pass.
+        module = block.ffn_norm.module
+        probe = torch.linspace(-1.0, 2.0, decoder.d_model)[None, None]
+        like = next((p for p in module.parameters() if p.device.type != "meta"), None)
+        probe = probe if like is None else probe.to(like)
+        with torch.no_grad(), hooks.edit([(change, point) for point, change in edits], lambda fn, x: fn(x)):
+            module(probe)
+        return edits
 
 
 @dataclass(frozen=True)
@@ -160,19 +183,23 @@ class CapWrite(_AtOneBlock):
         Args:
             model: The model.
             tokenizer: The model's.
-            located: What `locate` found on the same texts.
+            located: What `locate` found on this model, on these texts or on others.
             c: How many medians.
             texts: What to run; by default melayer's own.
             parts: Names of parts that `architecture.read` does not find by itself.
 
         Raises:
-            InputError: There is no ME layer, c is out of range, or no token is ordinary.
+            InputError: There is no ME layer or it is another model's, c is out of range, no token is ordinary, or
+                something is applied to the model, so that its write would not be its own.
         """
         at = _me_layer(located)
         if not c >= 0:
             raise InputError(f"c is {c}; expected 0 or more medians.")
-        decoder = architecture.read(model, parts=parts)
-        point = _site(decoder.blocks[at], "ffn_out")
+        decoder = free(model, parts)
+        if located.model.fingerprint != fingerprint(decoder.model):
+            raise InputError("The located result is of another model. Give what locate found on this one.")
+        block = decoder.blocks[at]
+        points = {"write": _site(block, "ffn_out"), "out": block.sites["block_out"]}
         settings = located.settings
         rows = encode(
             tokenizer,
@@ -181,21 +208,30 @@ class CapWrite(_AtOneBlock):
             max_positions=decoder.max_positions,
             bos=settings["bos"]["asked"],
         )
-        massive = {(scalar.sequence, scalar.token_index) for scalar in located.massive if scalar.layer == at}
         norms: list[float] = []
         for batch in batches(rows):
-            seen: list[torch.Tensor] = []
-            with hooks.watch([(seen, point)], lambda into, x: into.append(x.float().norm(dim=-1))):
+            seen: dict[str, torch.Tensor] = {}
+
+            def see(name: str, x: torch.Tensor, into: dict[str, torch.Tensor] = seen) -> None:
+                into[name] = x.float().norm(dim=-1).cpu() if name == "write" else x.abs().amax(dim=-1).float().cpu()
+
+            with hooks.watch(points.items(), see):
                 forward(decoder.model, batch)
-            on_host = seen[0].cpu().numpy()
-            for place, row in enumerate(batch.rows):
-                norms += [float(on_host[place, t]) for t in range(len(row)) if (row.index, t) not in massive]
+            # Recognised here, not looked up: `locate` lists only some of the scalars, and only of its own texts.
+            ordinary = batch.attention_mask.bool() & (seen["out"] <= located.massive_above)
+            norms += seen["write"][ordinary].tolist()
         if not norms:
             raise InputError("Every token of these texts is massive, so there is no ordinary one to measure.")
         return cls(at, c * float(np.median(norms)), MadeFor.of(located))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The description as plain values that JSON can hold; no cap (infinity) is None."""
+        return {**super().to_dict(), "cap": None if math.isinf(self.cap) else self.cap}
+
     def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
         point = _site(block, "ffn_out")
+        if math.isinf(self.cap):
+            return []
 
         def change(write: torch.Tensor) -> torch.Tensor:
             norm = write.float().norm(dim=-1, keepdim=True) * point.scale
@@ -214,6 +250,10 @@ class RemoveNeurons(_AtOneBlock):
 
     neurons: tuple[int, ...]
     made_for: MadeFor | None = None
+
+    def __post_init__(self) -> None:
+        """Any sequence of neurons will do; each counts once."""
+        object.__setattr__(self, "neurons", tuple(dict.fromkeys(int(neuron) for neuron in self.neurons)))
 
     @classmethod
     def top(
@@ -267,7 +307,9 @@ def _me_layer(located: LocateResult) -> int:
 
 
 def _site(block: Block, site: Literal["ffn_act", "ffn_out"]) -> hooks.Point:
-    if site not in block.sites:
+    # Where an FFN was not understood, what its last projection reads may be something else than neurons.
+    known = site == "ffn_out" or (block.ffn is not None and block.ffn.kind in ("gated", "plain"))
+    if site not in block.sites or not known:
         kind = "no FFN" if block.ffn is None else f"an FFN of kind {block.ffn.kind}"
         raise InputError(f"Block {block.layer} has {kind} and so no {site}: this comparator does not work there.")
     return block.sites[site]

@@ -106,7 +106,9 @@ def _normalised(norm: Norm, x: torch.Tensor, out: torch.Tensor, gamma: torch.Ten
         expected = gamma * normalised + shift
         # Near 0 an entry of x_hat is itself a difference of large numbers, so each token has a floor.
         floor = expected.square().mean(-1, keepdim=True).sqrt()
-        if ((expected - y).abs() <= tolerance * (expected.abs() + floor)).all():
+        within = (expected - y).abs() <= tolerance * (expected.abs() + floor)
+        # A token that is NaN tells nothing about the norm, and must not stop the others.
+        if (within | ~torch.isfinite(y)).all():
             return normalised
     raise ArchitectureError(
         f"The norm {norm.name} ({type(norm.module).__name__}) does not compute gamma * x / rms(x) + bias, centred or "
