@@ -86,3 +86,13 @@ def test_a_mask_of_another_kind_is_refused():
         positions((1, 4), attention_mask=torch.ones(1, 4, 4))
     with pytest.raises(InputError, match="is a str, which does not tell padding"):
         positions((1, 4), attention_mask="causal")
+
+
+@pytest.mark.parametrize("position_ids", [None, torch.arange(3)[None]])
+def test_flags_are_on_the_device_of_the_tokens(position_ids):
+    """A device without values stands for one that is not the host: mixing the two raises."""
+    there = torch.device("meta")
+    ids = None if position_ids is None else position_ids.to(there)
+    assert positions((2, 3), position_ids=ids, device=there).first.device == there
+    mask = torch.ones(2, 3, device=there)
+    assert positions((2, 3), attention_mask=mask, position_ids=ids, device=there).first.device == there

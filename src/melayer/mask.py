@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tempfile
@@ -214,7 +215,8 @@ class WeMask:
 
         if self.positions != "first":
             raise InputError("Only a mask on first tokens can be baked: massive ones may come after the prefix.")
-        ids = torch.as_tensor(prefix).reshape(1, -1) if torch.as_tensor(prefix).ndim < 2 else torch.as_tensor(prefix)
+        ids = torch.as_tensor(prefix)
+        ids = ids[None] if ids.ndim == 1 else ids
         if ids.shape[0] != 1 or not ids.numel():
             raise InputError(f"The prefix has shape {tuple(ids.shape)}; expected one row of at least one id.")
         cache = DynamicCache(config=model.config)
@@ -373,12 +375,10 @@ def fixed_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = Non
     for content in ("a", "The", "0", " x", "\n", "\n\n", "(", "中", "é", '"', "<", "#"):
         text = tokenizer.apply_chat_template([*before, {"role": "user", "content": content}], tokenize=False)
         rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    common = 0
-    while all(len(row) > common for row in rows) and len({row[common] for row in rows}) == 1:
-        common += 1
+    common = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
     if not common:
         raise InputError("The chats of this template have no common beginning, so there is nothing to bake.")
-    return list(rows[0][:common])
+    return common
 
 
 def _one_of(name: str, given: str, known: Sequence[str]) -> None:

@@ -57,8 +57,8 @@ def free(model: PreTrainedModel, parts: Mapping[str, str] | None = None) -> Deco
     decoder = architecture.read(model, parts=parts)
     if decoder.blocks[0].module in _taken:
         raise InputError(
-            "A mask is applied to this model already. Leave its context first, or take a loaded one off with "
-            "WeMask.detach(model)."
+            "A mask or a comparator is applied to this model already. Leave its context first, or take a loaded mask "
+            "off with WeMask.detach(model)."
         )
     return decoder
 
@@ -126,9 +126,14 @@ class Applied:
 
     masking: Masking
     decoder: Decoder
+    signature: inspect.Signature = field(init=False)
+    """Of what runs the blocks: read once, since decoding calls it for every token."""
     call: _Call | None = None
     placed: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
     said: bool = False
+
+    def __post_init__(self) -> None:
+        self.signature = inspect.signature(self.decoder.stack.forward)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -148,7 +153,7 @@ class Applied:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the model begins: find its first tokens, once for all blocks."""
-        given = inspect.signature(self.decoder.stack.forward).bind_partial(*args, **kwargs).arguments
+        given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
@@ -238,6 +243,8 @@ def _remembered(applied: Applied) -> Iterator[None]:
         return original(again, *args, **kwargs)
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not applied.decoder.stack.training:
+            return  # nothing runs again
         # At each call, since checkpointing may have been turned on inside the context.
         for block in blocks:
             original = vars(block).get("_gradient_checkpointing_func")

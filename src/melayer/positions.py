@@ -51,7 +51,7 @@ def positions(
             return Positions(None, None)
         first = torch.zeros(shape, dtype=torch.bool, device=device)
         first[:, 0] = True
-        return Positions(first | _restarts(position_ids, shape), None)
+        return Positions(_with_restarts(first, position_ids), None)
     if mask.ndim != 2:
         raise InputError(
             f"The attention mask has {mask.ndim} dimensions; expected [batch, seq], or [batch, 1, seq, keys]. "
@@ -65,7 +65,7 @@ def positions(
     real = (mask[:, past : past + seq] if whole else mask[:, -seq:]).bool()
     first = real & (real.cumsum(dim=1) == 1) & ~begun[:, None]
     if not past:
-        first = first | (_restarts(position_ids, shape).to(real.device) & real)
+        first = _with_restarts(first, position_ids) & real
     return Positions(first, real)
 
 
@@ -82,13 +82,13 @@ def _chosen(attention_mask: Any) -> torch.Tensor | None:
     )
 
 
-def _restarts(position_ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
-    """[batch, seq] where positions start from 0."""
+def _with_restarts(first: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """The flags [batch, seq], set too where positions start from 0 again."""
     if position_ids is None:
-        return torch.zeros(shape, dtype=torch.bool)
+        return first
     # Models with several kinds of positions (time, height, width) have them in front; text has them all alike.
     flat = position_ids[0] if position_ids.ndim == 3 else position_ids
-    return (flat == 0).expand(shape)
+    return first | (flat == 0).to(first.device)
 
 
 def _from_visibility(mask: torch.Tensor, shape: tuple[int, int], past: int) -> Positions:
