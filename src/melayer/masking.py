@@ -133,6 +133,7 @@ class Applied:
     said: bool = False
 
     def __post_init__(self) -> None:
+        """Reads what never changes during the edit."""
         self.signature = inspect.signature(self.decoder.stack.forward)
 
     @contextmanager
