@@ -21,6 +21,7 @@ ORDER = (
     "inputs",
     "statistics",
     "locate",
+    "paired",
     "positions",
     "masking",
     "mask",
