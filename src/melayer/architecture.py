@@ -44,7 +44,8 @@ _MIXER_ARGUMENTS = frozenset(
         "attention_mask",
         "position_ids",
         "position_embeddings",
-        "past_key_values",
+        "cache",
+        "past_key_values",  # its name before transformers 5.24
         "past_key_value",
         "layer_past",
         "cache_params",

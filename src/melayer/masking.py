@@ -160,7 +160,8 @@ class Applied:
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise InputError("The model was called without input_ids and inputs_embeds, so nothing can be masked.")
-        cache = given.get("past_key_values")
+        # By what it can do: transformers 5.24 renamed the argument from past_key_values to cache, and takes both.
+        cache = next((value for value in given.values() if hasattr(value, "get_seq_length")), None)
         found = positions(
             (tokens.shape[0], tokens.shape[1]),
             attention_mask=given.get("attention_mask"),
