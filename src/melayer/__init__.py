@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from melayer.answers import AnswersResult, answers
     from melayer.comparators import CapWrite, FlatGamma, RemoveNeurons, SetMassive
     from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError
+    from melayer.evaluate import EvalResult, compare_runs, evaluate, select
     from melayer.explain import ExplainResult, explain
     from melayer.locate import Criterion, LocateResult, locate
     from melayer.mask import WeMask, fixed_prefix
     from melayer.models import Loaded, load
     from melayer.perplexity import PerplexityResult, perplexity
-    from melayer.report import write_report
+    from melayer.report import write_eval_report, write_report
     from melayer.rigidity import RigidityResult, rigidity
     from melayer.sinks import SinksResult, sinks
     from melayer.sweep import SweepResult, sweep
+    from melayer.tasks import load_tasks
 
 _HOMES = {
     "load": "melayer.models",
@@ -50,7 +52,13 @@ _HOMES = {
     "PerplexityResult": "melayer.perplexity",
     "sweep": "melayer.sweep",
     "SweepResult": "melayer.sweep",
+    "evaluate": "melayer.evaluate",
+    "select": "melayer.evaluate",
+    "compare_runs": "melayer.evaluate",
+    "EvalResult": "melayer.evaluate",
+    "load_tasks": "melayer.tasks",
     "write_report": "melayer.report",
+    "write_eval_report": "melayer.report",
     "MelayerError": "melayer.errors",
     "ModelError": "melayer.errors",
     "ArchitectureError": "melayer.errors",
@@ -63,6 +71,7 @@ __all__ = [
     "ArchitectureError",
     "CapWrite",
     "Criterion",
+    "EvalResult",
     "ExplainResult",
     "FlatGamma",
     "InputError",
@@ -80,14 +89,19 @@ __all__ = [
     "WeMask",
     "__version__",
     "answers",
+    "compare_runs",
+    "evaluate",
     "explain",
     "fixed_prefix",
     "load",
+    "load_tasks",
     "locate",
     "perplexity",
     "rigidity",
+    "select",
     "sinks",
     "sweep",
+    "write_eval_report",
     "write_report",
 ]
 

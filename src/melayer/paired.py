@@ -46,7 +46,7 @@ class Comparison:
     """Paired bootstrap interval of the difference (percentile, resampled by item)."""
     level: float
     wins: int
-    """Items on which the other variant scores higher."""
+    """Items on which the other variant is better."""
     losses: int
     ties: int
     p: float
@@ -54,6 +54,7 @@ class Comparison:
     test: str
     p_holm: float | None = None
     """Adjusted (Holm 1979) for all comparisons made together; None where it stands alone."""
+    higher_is_better: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -71,20 +72,29 @@ class Comparison:
             unit: What differences are counted in.
             scale: How many of them make 1.
         """
-        interval = f"{self.level:.0%} interval {scale * self.low:.1f} to {scale * self.high:.1f}"
+        sign = 1 if self.higher_is_better else -1
+        low, high = sorted((sign * scale * self.low, sign * scale * self.high))
+        gain = sign * scale * self.difference
+        interval = f"{self.level:.0%} interval {low:.1f} to {high:.1f}"
         start = f"wins {self.wins}, losses {self.losses}, ties {self.ties}: "
+        if not self.higher_is_better:
+            start = f"(less is better) {start}"
         if self.wins == self.losses == 0:
             return f"{start}no item differs."
-        size = f"{abs(scale * self.difference):.1f} {unit}"
-        if self.adjusted < 1 - self.level and self.low > 0:
+        size = f"{abs(gain):.1f} {unit}"
+        if self.shown and gain > 0:
             return f"{start}a gain of {size}, {interval}."
-        if self.adjusted < 1 - self.level and self.high < 0:
+        if self.shown:
             return f"{start}a loss of {size}, {interval}."
         return (
-            f"{start}no difference shown ({scale * self.difference:+.1f} {unit}, {interval}); the data rule out a gain "
-            f"of more than {max(scale * self.high, 0.0):.1f} {unit} and a loss of more than "
-            f"{max(-scale * self.low, 0.0):.1f}."
+            f"{start}no difference shown ({gain:+.1f} {unit}, {interval}); the data rule out a gain of more than "
+            f"{max(high, 0.0):.1f} {unit} and a loss of more than {max(-low, 0.0):.1f}."
         )
+
+    @property
+    def shown(self) -> bool:
+        """Whether the data show a difference: by the (adjusted) test, and by an interval that leaves out 0."""
+        return self.adjusted < 1 - self.level and (self.low > 0 or self.high < 0)
 
 
 def wilson(right: int, n: int, *, level: float = LEVEL) -> Share:
@@ -114,6 +124,7 @@ def compare(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    higher_is_better: bool = True,
 ) -> Comparison:
     """The difference between two variants on the same items.
 
@@ -124,6 +135,7 @@ def compare(
         level: Of confidence.
         resamples: Of the bootstrap, and of the permutation test.
         seed: Of both draws.
+        higher_is_better: Which direction counts as a win.
 
     Raises:
         InputError: There are no items, or the lengths differ.
@@ -139,7 +151,8 @@ def compare(
     first, second = np.asarray(base, dtype=np.float64), np.asarray(other, dtype=np.float64)
     size = np.ones_like(first) if sizes is None else np.asarray(sizes, dtype=np.float64)
     change = second - first
-    wins, losses = int((change > 0).sum()), int((change < 0).sum())
+    rises, falls = int((change > 0).sum()), int((change < 0).sum())
+    wins, losses = (rises, falls) if higher_is_better else (falls, rises)
     # One stream for each purpose, so that one may change without the other.
     draws, flips = (np.random.default_rng([seed, purpose]) for purpose in range(2))
     low, high = _bootstrap(change, size, level, resamples, draws)
@@ -162,6 +175,7 @@ def compare(
         ties=len(first) - wins - losses,
         p=p,
         test=test,
+        higher_is_better=higher_is_better,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from melayer import architecture
-from melayer.errors import InputError, MelayerWarning, OutputError
+from melayer import architecture, jsonl
+from melayer.errors import InputError, MelayerWarning
 from melayer.inputs import builtin_texts, encode, windows
 from melayer.locate import Criterion, LocateResult, Progress, locate
 from melayer.mask import Selector, WeMask
@@ -385,12 +384,12 @@ class _Kept:
         """
         kept = cls(path)
         subject = json.loads(json.dumps(subject))
-        with _writing(path):
+        with jsonl.keeping("sweep", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = _whole_lines(path)
+            lines = jsonl.whole_lines(path)
             if len(lines) < 2:  # nothing is finished, so that nothing can be lost
                 path.write_bytes(b"")
-                _append(path, {"sweep_of": subject})
+                jsonl.append(path, [{"sweep_of": subject}])
                 return kept
         try:
             head, *finished = map(json.loads, lines)
@@ -411,36 +410,9 @@ class _Kept:
         """Keeps a finished setting, on the disk before the next one begins."""
         self._take(point, notes)
         if self.path is not None:
-            with _writing(self.path):
-                _append(self.path, {"point": asdict(point), "notes": notes})
+            with jsonl.keeping("sweep", self.path):
+                jsonl.append(self.path, [{"point": asdict(point), "notes": notes}])
 
     def _take(self, point: SweepPoint, notes: list[str]) -> None:
         self.points[point.selector, point.rate] = point
         self.notes[point.selector, point.rate] = notes
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"The sweep cannot be kept in {path}: {error.strerror}. Give another place.") from error
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file; the last one is cut away where it was not written to its end."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return whole.decode("utf-8", errors="replace").splitlines()
-
-
-def _append(path: Path, values: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

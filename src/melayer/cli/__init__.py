@@ -328,6 +328,101 @@ def generate_command(
         show_answers(result, output)
 
 
+@app.command("eval")
+@flat
+def eval_command(
+    model: Model,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="gsm8k, math500, aime24, mmlu, ifeval, xstest, wikitext2, or any of lm-eval's.", show_default=False
+        ),
+    ],
+    mask_rate: Annotated[str | None, typer.Option(help="Shares of the dimensions to mask, e.g. 0.3,0.5.")] = None,
+    selector: Annotated[
+        str, typer.Option(help="Of weight, weight-low, activation, activation-low and random.")
+    ] = "weight",
+    strength: Annotated[float, typer.Option(help="How much of a masked entry is taken away.")] = 1.0,
+    comparators: Annotated[
+        str | None, typer.Option(help="Of set-zero, set-mean, flat-gamma, cap-write and remove-neurons.")
+    ] = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline/--no-baseline", help="Hold them to the model as it is loaded.")
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of selector random.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="Directory with the items; default: the hub.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Only the first items of each task.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples; default: the task's own.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Chat template; default: where there is one.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Items answered at once.")] = 16,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer at most.")] = None,
+    select_on: Annotated[
+        str | None, typer.Option(help="Choose the best variant on these items: even, odd or 0-99,150-.")
+    ] = None,
+    report_on: Annotated[str | None, typer.Option(help="…and judge it on these.")] = None,
+    allow_same_items: Annotated[
+        bool, typer.Option("--allow-same-items", help="Let the two overlap; the result says so.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the answers and a report; a stopped run goes on from there.")
+    ] = None,
+    *,
+    options: Options,
+) -> None:
+    """Evaluate the model with and without masks on benchmarks, compared in pairs.
+
+    The ME layer is located first, on melayer's own texts or those given.
+
+    Example: [bold]melayer eval demo --tasks ifeval,gsm8k --mask-rate 0.3,0.5 --data data --out demo-eval[/]
+    """
+    with session(options.output.debug):
+        from melayer.cli.evaluation import Asked, run_eval
+
+        asked = Asked(
+            [] if mask_rate is None else _rates(mask_rate),
+            _items(selector),
+            strength,
+            [] if comparators is None else _items(comparators),
+            baseline,
+            seed,
+        )
+        given = {"chat": chat, "system": system, "limit": items, "batch_size": batch_size, "max_length": max_length}
+        run_eval(
+            model,
+            _items(tasks),
+            asked,
+            options,
+            data=data,
+            fewshot=fewshot,
+            out=out,
+            select_on=select_on,
+            report_on=report_on,
+            allow_same_items=allow_same_items,
+            given=given,
+        )
+
+
+@app.command("compare")
+def compare_command(
+    first: Annotated[Path, typer.Argument(help="A directory that `eval --out` wrote.", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="Another.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Directory for a report.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+) -> None:
+    """Compare two stored evaluations on the items that both answered.
+
+    Example: [bold]melayer compare eval-before eval-after[/]
+    """
+    with session(debug):
+        from melayer.cli.evaluation import run_compare
+
+        run_compare(first, second, as_json=as_json, out=out)
+
+
 def main() -> None:
     """The entry point of the `melayer` command."""
     app()

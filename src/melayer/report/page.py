@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melayer.errors import InputError, OutputError
 from melayer.explain import ExplainResult
 from melayer.locate import LocateResult
 from melayer.provenance import versions
+from melayer.report.evaluate import section as evaluate_section
 from melayer.report.explain import section as explain_section
 from melayer.report.locate import section as locate_section
 from melayer.report.rigidity import section as rigidity_section
@@ -25,6 +26,9 @@ from melayer.rigidity import RigidityResult
 from melayer.sinks import SinksResult
 from melayer.sweep import SweepResult
 from melayer.version import __version__
+
+if TYPE_CHECKING:
+    from melayer.evaluate import EvalResult
 
 _TITLES = {"explain": "Why it is there", "rigidity": "What it makes rigid", "sinks": "What attention does with it"}
 
@@ -120,14 +124,56 @@ def write_report(
     }
     if missing:
         values["not_measured"] = missing
-    page = render(sections, result, provenance)
+    page = render(sections, result.model.name, result.notes, _facts(result, provenance))
+    return _write(out, page, values)
+
+
+def write_eval_report(result: EvalResult, out: str | Path, *, command: str | None = None) -> Written:
+    """Writes an evaluation's `report.html` and `report.json` into `out`; each appears whole or not at all.
+
+    Args:
+        result: What `evaluate`, `select` or `compare_runs` found.
+        out: A directory; made if it is missing.
+        command: The command that made it, for its provenance.
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out)
+    shared = result.settings["shared"]
+    runs = shared.get("runs") or {"": shared}
+    facts = []
+    for name, run in runs.items():
+        model = run["model"]
+        facts += [
+            (f"Model {name}".strip(), f"{model['name']}, {model['dtype']}, fingerprint {model['fingerprint']}"),
+            ("Asked", "through the chat template" if run["chat"] else "as plain text, without a chat template"),
+            ("Items at once, device", f"{run['batch_size']}, {run['device']}"),
+            ("Versions", ", ".join(f"{what} {number}" for what, number in run["versions"].items())),
+        ]
+    for task, about in result.settings["tasks"].items():
+        versions_of = sorted(set(about["lm_eval_tasks"].values()))
+        source = ", ".join(f"{file} {sha[:12]}" for file, sha in about["data_sha256"].items()) or "the hub"
+        facts.append((task, f"{about['cite']}; lm-eval task version {', '.join(versions_of)}; items from {source}"))
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts.append(("Made", date))
+    if command:
+        facts.append(("Command", command))
+    name = ", ".join(dict.fromkeys(run["model"]["name"] for run in runs.values()))
+    page = render([evaluate_section(result)], name, result.notes, facts)
+    values = {"melayer_version": __version__, "provenance": {"date": date, "command": command}}
+    return _write(out, page, values | {"evaluation": result.to_dict()})
+
+
+def _write(out: Path, page: str, values: dict[str, Any]) -> Written:
     written = Written(out / "report.html", out / "report.json")
     _replace(written.json, json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False))
     _replace(written.html, page)
     return written
 
 
-def render(sections: list[Section], result: LocateResult, provenance: dict[str, Any]) -> str:
+def render(sections: list[Section], name: str, notes: Sequence[str], facts: list[tuple[str, str]]) -> str:
     """The page as text. Whatever comes from a model or a user is escaped by the template."""
     import jinja2
     from plotly.offline import get_plotlyjs
@@ -141,9 +187,9 @@ def render(sections: list[Section], result: LocateResult, provenance: dict[str, 
     template = environment.from_string((templates / "report.html").read_text(encoding="utf-8"))
     return template.render(
         sections=sections,
-        model=result.model,
-        notes=result.notes,
-        facts=_facts(result, provenance),
+        name=name,
+        notes=notes,
+        facts=facts,
         # `<` never appears as itself inside a script, so that no text can close it.
         figures=json.dumps(plots, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
         plotly=get_plotlyjs(),

@@ -1,10 +1,20 @@
 """Results as tables for a person at a terminal."""
 
 from melayer.terminal.answers import live_answers, show_answers
+from melayer.terminal.evaluate import show_eval
 from melayer.terminal.explain import show_explain
 from melayer.terminal.locate import show_locate
 from melayer.terminal.rigidity import show_rigidity
 from melayer.terminal.sinks import show_sinks
 from melayer.terminal.sweep import show_sweep
 
-__all__ = ["live_answers", "show_answers", "show_explain", "show_locate", "show_rigidity", "show_sinks", "show_sweep"]
+__all__ = [
+    "live_answers",
+    "show_answers",
+    "show_eval",
+    "show_explain",
+    "show_locate",
+    "show_rigidity",
+    "show_sinks",
+    "show_sweep",
+]

@@ -1,0 +1,55 @@
+"""Files of one JSON value a line that grow while work is done, and survive being cut off at any byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from melayer.errors import OutputError
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, none if it is missing; the last one is cut away where it was not written to its end."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    # Not splitlines(), which also cuts at separators that JSON strings may hold.
+    return whole.decode("utf-8", errors="replace").split("\n")[:-1]
+
+
+def append(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Adds lines and waits until they are on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(_line(value) for value in values))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Writes a file anew; a reader sees the old lines or the new ones, never a part."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        written = Path(temporary) / path.name
+        append(written, values)
+        written.replace(path)
+
+
+@contextmanager
+def keeping(what: str, path: Path) -> Iterator[None]:
+    """Turns what the file system refuses into our error."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"The {what} cannot be kept in {path}: {error.strerror}. Give another place.") from error
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, allow_nan=False) + "\n"

@@ -1,0 +1,148 @@
+"""The report's section on an evaluation: what can be concluded, the figures, and the answers that flipped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from melayer.report.sections import BLUE, GREY, ORANGE, Plot, Section, Table, label
+
+if TYPE_CHECKING:
+    from melayer.evaluate import Change, EvalResult, Score
+
+FLIPS = 20
+"""Items shown for each comparison and direction."""
+_LONGEST = 1200
+"""Characters of an answer shown."""
+
+
+def section(result: EvalResult) -> Section:
+    """The section as the page takes it."""
+    parts: list[Plot | Table] = []
+    if result.changes:
+        parts.append(_forest(result))
+    parts.append(_scores(result))
+    if result.chosen:
+        parts.append(_chosen(result))
+    judged = [change for change in result.changes if change.primary and change.kind == "mean"]
+    parts += [table for change in judged for table in _flips(result, change)]
+    return Section("evaluation", "Does it help?", result.sentence, parts)
+
+
+def _forest(result: EvalResult) -> Plot:
+    shown = [change for change in result.changes if change.primary]
+    names = [f"{label(c.task)}, {label(c.variant)}" + ("" if c.comparison.higher_is_better else " ↓") for c in shown]
+    found = [change.comparison for change in shown]
+    data = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": [round(100 * c.difference, 3) for c in found],
+            "y": names,
+            "error_x": {
+                "type": "data",
+                "symmetric": False,
+                "array": [round(100 * (c.high - c.difference), 3) for c in found],
+                "arrayminus": [round(100 * (c.difference - c.low), 3) for c in found],
+                "thickness": 2,
+            },
+            "marker": {"size": 10, "color": [BLUE if c.shown else GREY for c in found]},
+            "text": [f"wins {c.wins}, losses {c.losses}, p {c.adjusted:.3g}" for c in found],
+            "hovertemplate": "%{y}: %{x:+.1f} (%{text})<extra></extra>",
+        }
+    ]
+    base = shown[0].base if shown else ""
+    return Plot(
+        "forest",
+        "Each variant against the first",
+        result.sentence,
+        f"Each point is a variant's score less that of {base} on the same items, in points of accuracy (of "
+        "perplexity: hundredths of a nat a word, more is better); the bar is the 95 % paired bootstrap interval. Blue: "
+        "a difference is shown after Holm's correction. ↓ marks a score of which less is better.",
+        {
+            "data": data,
+            "layout": {
+                "xaxis": {"title": {"text": f"difference from {label(base)} (points)"}},
+                "yaxis": {"autorange": "reversed", "automargin": True},
+                "height": 160 + 34 * len(names),
+                "showlegend": False,
+                "shapes": [
+                    {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": ORANGE}}
+                ],
+            },
+        },
+    )
+
+
+def _scores(result: EvalResult) -> Table:
+    changes = {(change.task, change.metric, change.variant): change for change in result.changes}
+    columns = ["task", "metric", "variant", "score", "95 % interval", "items", "difference", "95 % interval"]
+    columns += ["wins", "losses", "p", "what follows"]
+    rows = [_row(score, changes.get((score.task, score.metric, score.variant))) for score in result.scores]
+    return Table(
+        "Scores",
+        columns,
+        rows,
+        takeaway="Shares with Wilson's interval; differences in points with the paired bootstrap's; p by the exact "
+        "McNemar test, or by sign flips where an item is not just right or wrong. An asterisk marks what a benchmark "
+        "is judged by: only these are corrected together (Holm), the others describe.",
+    )
+
+
+def _row(score: Score, change: Change | None) -> list[Any]:
+    mean = score.kind == "mean"
+    row: list[Any] = [
+        score.task,
+        score.metric + (" *" if score.primary else ""),
+        score.variant,
+        f"{score.value:.1%}" if mean else f"{score.value:.4f}",
+        "—" if score.low is None or score.high is None else f"{score.low:.1%} to {score.high:.1%}",
+        score.n,
+    ]
+    if change is None:
+        return [*row, "—", "—", "—", "—", "—", ""]
+    found = change.comparison
+    low, high = 100 * found.low, 100 * found.high
+    row += [f"{100 * found.difference:+.1f}", f"{low:+.1f} to {high:+.1f}", found.wins, found.losses]
+    return [*row, f"{found.adjusted:.3g}", change.sentence]
+
+
+def _chosen(result: EvalResult) -> Table:
+    rows = [
+        [
+            one.task,
+            one.metric,
+            one.variant,
+            one.selected_on,
+            "the same items: too good" if one.same_items else "other items",
+            one.change.sentence,
+        ]
+        for one in result.chosen
+    ]
+    columns = ["task", "metric", "chosen", "chosen by (items)", "judged on", "what follows"]
+    return Table("The variant that was chosen, judged", columns, rows, takeaway=" ".join(result.notes))
+
+
+def _flips(result: EvalResult, change: Change) -> list[Table]:
+    better: list[list[Any]] = []
+    worse: list[list[Any]] = []
+    rising = change.comparison.higher_is_better
+    for item, before, after in result.flips(change):
+        up = after["scores"][change.metric][0] > before["scores"][change.metric][0]
+        row = [item, _short(result.prompts.get(before["prompt"], before["prompt"]), tail=True)]
+        (better if up == rising else worse).append([*row, _short(before["output"]), _short(after["output"])])
+    tables = []
+    for rows, what in ((better, "won"), (worse, "lost")):
+        if rows:
+            title = f"{change.task}: {len(rows)} items {what} by {change.variant}"
+            if len(rows) > FLIPS:
+                title += f", the first {FLIPS}"
+            columns = ["item", "prompt", change.base, change.variant]
+            tables.append(Table(title, columns, rows[:FLIPS], folded=True))
+    return tables
+
+
+def _short(output: Any, *, tail: bool = False) -> str:
+    text = output if isinstance(output, str) else str(output)
+    if len(text) <= _LONGEST:
+        return text
+    return f"…{text[-_LONGEST:]}" if tail else f"{text[:_LONGEST]}…"
