@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from melayer.errors import InputError
-from melayer.tasks import Benchmark
+from melayer.tasks import FEWSHOT_SEED, Benchmark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,12 +82,21 @@ def items_of(benchmark: Benchmark, lm: Any, *, chat: bool, system: str | None, l
         limit: Take only the first of each task.
 
     Raises:
-        InputError: A task asks in a way that is not supported.
+        InputError: A task asks in a way that is not supported, or for longer answers than the model has room for.
     """
     found = []
     for name, task in benchmark.tasks.items():
         if task.OUTPUT_TYPE not in _METHODS:
             raise InputError(f"The task {name} asks by {task.OUTPUT_TYPE}; expected one of {', '.join(_METHODS)}.")
+        if task.OUTPUT_TYPE == "generate_until":
+            longest = int((task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks))
+            if longest >= lm.max_length:
+                raise InputError(
+                    f"Answers to {name} may have {longest} tokens, and the model has room for {lm.max_length} with the "
+                    "prompt. Give --max-new-tokens (load_tasks(max_new_tokens=...)), and say so beside the figures."
+                )
+        # Each time anew: the task goes on drawing solved examples where it stopped.
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
         task.build_all_requests(
             limit=limit,
             system_instruction=system,

@@ -118,7 +118,11 @@ FEWSHOT_SEED = 1234
 
 
 def load_tasks(
-    names: Sequence[str], *, data: str | Path | None = None, fewshot: int | None = None
+    names: Sequence[str],
+    *,
+    data: str | Path | None = None,
+    fewshot: int | None = None,
+    max_new_tokens: int | None = None,
 ) -> tuple[Benchmark, ...]:
     """The benchmarks of these names, with their items.
 
@@ -126,6 +130,7 @@ def load_tasks(
         names: Of `NAMES`, or of any task or group that lm-eval knows.
         data: A directory with the files of the benchmarks that are read from there; the others come from the hub.
         fewshot: Solved examples in each prompt; by default the task's own number.
+        max_new_tokens: Tokens of a generated answer at most; by default the task's own number.
 
     Raises:
         InputError: A name is not known, a file is missing or lacks a field, or the hub cannot be reached.
@@ -142,10 +147,15 @@ def load_tasks(
     with quiet():
         others = [name for name in asked if name not in _KNOWN]
         _check_names(others)
-        return tuple(
+        found = tuple(
             _known(name, None if data is None else Path(data), fewshot) if name in _KNOWN else _other(name, fewshot)
             for name in asked
         )
+    if max_new_tokens is not None:
+        for task in (task for benchmark in found for task in benchmark.tasks.values()):
+            if task.OUTPUT_TYPE == "generate_until":
+                task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
+    return found
 
 
 # --- from lm-eval --------------------------------------------------------------------------------------------------
@@ -186,12 +196,12 @@ def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
             children.append(child)
         tasks = _loaded(children, known.folder)
     files = {} if data is None or not splits else {file: sha256_of(data / file) for file in known.files.values()}
-    return Benchmark(name, _seeded(tasks), known.primary, files, known.cite)
+    return Benchmark(name, tasks, known.primary, files, known.cite)
 
 
 def _other(name: str, fewshot: int | None) -> Benchmark:
     overrides = {} if fewshot is None else {"num_fewshot": fewshot}
-    return Benchmark(name, _seeded(_loaded([{"task": name, **overrides}], None)), (), {})
+    return Benchmark(name, _loaded([{"task": name, **overrides}], None), (), {})
 
 
 def _loaded(children: Sequence[dict[str, Any]], folder: str | None) -> dict[str, Any]:
@@ -214,12 +224,6 @@ def _loaded(children: Sequence[dict[str, Any]], folder: str | None) -> dict[str,
         ) from error
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"lm-eval cannot make the task {name}: {_first_line(error)}.") from error
-
-
-def _seeded(tasks: Mapping[str, Any]) -> dict[str, Any]:
-    for task in tasks.values():
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return dict(tasks)
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -357,6 +357,9 @@ def eval_command(
         bool | None, typer.Option("--chat/--no-chat", help="Chat template; default: where there is one.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a generated answer; default: the task's own.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Items answered at once.")] = 16,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer at most.")] = None,
     select_on: Annotated[
@@ -397,6 +400,7 @@ def eval_command(
             options,
             data=data,
             fewshot=fewshot,
+            max_new_tokens=max_new_tokens,
             out=out,
             select_on=select_on,
             report_on=report_on,

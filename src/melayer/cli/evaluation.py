@@ -91,6 +91,7 @@ def run_eval(
     *,
     data: Path | None,
     fewshot: int | None,
+    max_new_tokens: int | None,
     out: Path | None,
     select_on: str | None,
     report_on: str | None,
@@ -109,7 +110,7 @@ def run_eval(
     if out is not None:
         check_writable(out)
     with stderr().status("Loading the tasks"):
-        benchmarks = load_tasks(tasks, data=data, fewshot=fewshot)
+        benchmarks = load_tasks(tasks, data=data, fewshot=fewshot, max_new_tokens=max_new_tokens)
     loading = options.model.loading()
     loaded = load(model, {**loading, **_placed(loading)})
     variants = asked.variants(loaded, model, shared)
