@@ -3,6 +3,9 @@ import sys
 import warnings
 from pathlib import Path
 
+# Before tqdm is imported, which reads it then: bars are drawn on stderr, where tests look for what a command says.
+os.environ["TQDM_DISABLE"] = "1"
+
 import pytest
 from transformers.utils import logging
 

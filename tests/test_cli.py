@@ -298,8 +298,8 @@ def test_a_note_is_a_line_on_stderr(tmp_path):
 
 def test_help_and_version():
     assert run("--version").stdout.strip() == melayer.__version__
-    for command in ("locate", "explain", "rigidity", "sinks", "sweep", "report", "generate"):
-        assert f"Example: melayer {command} demo" in run(command, "--help").stdout
+    for command in ("locate", "explain", "rigidity", "sinks", "sweep", "report", "generate", "eval", "compare"):
+        assert f"Example: melayer {command} " in run(command, "--help").stdout
 
 
 def test_data_goes_to_stdout_and_colour_only_where_it_is_wanted(toy_directory):

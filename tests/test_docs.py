@@ -58,15 +58,17 @@ def test_every_public_name_and_command_is_documented():
         "perplexity",
         "sweep",
         "write_report",
+        "evaluate",
+        "load_tasks",
     ):
         assert f"melayer.{name}(" in documents
     for name in ("SetMassive", "FlatGamma", "CapWrite", "RemoveNeurons"):
         assert f"`{name}" in documents
-    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate", "sweep"):
+    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate", "sweep", "eval", "compare"):
         assert f"melayer {command} " in documents
 
 
 def test_links_lead_somewhere():
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(((?!http)[^)#]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), (path.name, target)

@@ -170,6 +170,28 @@ def test_what_is_no_store_is_left_alone(model, benchmarks, tmp_path):
     with pytest.raises(InputError, match="holds no evaluation that can be read"):
         run(model, benchmarks[1:2], store=tmp_path)
     assert (tmp_path / FILE).read_text() == "a diary\nof two lines\n"
+    (tmp_path / FILE).write_text("a diary")
+    with pytest.raises(InputError, match="holds no evaluation that can be read"):
+        run(model, benchmarks[1:2], store=tmp_path)
+    assert (tmp_path / FILE).read_text() == "a diary"
+
+
+def test_comparing_leaves_a_run_that_is_being_written_as_it_is(model, benchmarks, tmp_path):
+    run(model, benchmarks[1:2], {"plain": None}, store=tmp_path / "a")
+    run(model, benchmarks[1:2], {"mask": variants()["mask"]}, store=tmp_path / "b")
+    with (tmp_path / "b" / FILE).open("a") as file:
+        file.write('{"task": "mml')
+    before = (tmp_path / "b" / FILE).read_bytes()
+    assert compare_runs(tmp_path / "a", tmp_path / "b").changes[0].comparison.n == 12
+    assert (tmp_path / "b" / FILE).read_bytes() == before
+
+
+def test_answers_that_reach_their_limit_are_counted(result):
+    (note,) = [note for note in result.notes if "Answers to gsm8k" in note]
+    assert note.startswith("Answers to gsm8k of at least 95 % of the 24 tokens allowed, of 6: ")
+    for label, answers in result.answers["gsm8k"].items():
+        assert f"{sum(answer['tokens'] >= 23 for answer in answers.values())} under {label}" in note
+    assert not any("mmlu" in note for note in result.notes)
 
 
 def test_a_full_disk(model, benchmarks, result, tmp_path, monkeypatch):

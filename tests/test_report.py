@@ -10,9 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import melayer
+import small_benchmarks
 import toys
 from melayer.errors import InputError, OutputError
-from melayer.report import check_writable, write_report
+from melayer.report import check_writable, write_eval_report, write_report
 
 EVIL = ["<script>alert(1)</script>", "</script>", "<b>bold</b>", "&lt;", "\"'>", "{{7*7}}"]
 
@@ -51,6 +52,26 @@ def evil_rest():
 def page(evil_result, evil_rest, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     return write_report(evil_result, out, **evil_rest, command="melayer report '<script>'").html
+
+
+@pytest.fixture(scope="module")
+def eval_page(tmp_path_factory):
+    """An evaluation with a won and a lost item, whose stored answers are markup."""
+    store = tmp_path_factory.mktemp("eval")
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    data = small_benchmarks.write(tmp_path_factory.mktemp("data"))
+    benchmarks = melayer.load_tasks(["gsm8k", "wikitext2"], data=data, max_new_tokens=4)
+    variants = {"plain": None, EVIL[0]: melayer.WeMask(rate=1, layers=range(4, 8))}
+    asked = {"max_length": 512, "store": store}
+    melayer.evaluate(model, toys.tokenizer(), benchmarks, variants, **asked)
+    lines = [json.loads(line) for line in (store / "eval.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        if (line["item"], line["variant"]) in {("gsm8k/0", EVIL[0]), ("gsm8k/1", "plain")}:
+            line["output"] = EVIL[0]
+            line["scores"]["exact_match,flexible-extract"] = [1.0, 1.0]
+    (store / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = melayer.evaluate(model, toys.tokenizer(), benchmarks, variants, **asked)
+    return write_eval_report(result, tmp_path_factory.mktemp("report"), command="melayer eval '<script>'").html
 
 
 def own_part(path: Path) -> str:
@@ -133,6 +154,18 @@ def test_a_directory_that_cannot_be_written(tmp_path):
             check_writable(out)
 
 
+def test_an_evaluation_shows_what_flipped(eval_page):
+    html = own_part(eval_page)
+    evil = "&lt;script&gt;alert(1)&lt;/script&gt;"
+    assert f"gsm8k: 1 items won by {evil}" in html
+    assert f"gsm8k: 1 items lost by {evil}" in html
+    assert "Of 2 comparisons with plain, corrected for their number (Holm)" in html
+    assert "wins 1, losses 1, ties 4: no difference shown" in html
+    assert "<script>alert" not in html
+    values = json.loads((eval_page.parent / "report.json").read_text())
+    assert {change["task"] for change in values["evaluation"]["changes"]} == {"gsm8k", "wikitext2"}
+
+
 # --- in a browser --------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +233,18 @@ def test_the_plots_are_drawn_offline_and_without_errors(chromium, page, scheme, 
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     ink = tab.evaluate("getComputedStyle(document.querySelector('#plot-magnitudes .xtitle')).fill")
     assert ink == {"light": "rgb(28, 30, 33)", "dark": "rgb(231, 233, 236)"}[scheme]
+    assert problems == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_an_evaluation_is_drawn(chromium, eval_page, width):
+    tab, problems = opened(chromium, eval_page, viewport={"width": width, "height": 800})
+    assert tab.locator("#plot-forest .scatterlayer .point").count() == 2
+    assert tab.locator("#plot-forest .errorbar").count() == 2
+    assert any("alert(1)" in label for label in tab.locator("#plot-forest .ytick text").all_text_contents())
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert tab.locator("details").count() == 2
     assert problems == []
 
 

@@ -50,6 +50,8 @@ def test_every_benchmark_is_read_from_files(benchmarks):
         assert benchmark.data
         assert all(len(sha) == 64 for sha in benchmark.data.values())
         assert set(benchmark.primary) <= set(metrics_of(benchmark)), name
+    assert benchmarks["mmlu"].keys(2) == [f"mmlu_{s}/{i}" for s in small_benchmarks.SUBJECTS for i in range(2)]
+    assert benchmarks["gsm8k"].keys() == [f"gsm8k/{i}" for i in range(6)]
     assert list(benchmarks["mmlu"].tasks) == ["mmlu_anatomy", "mmlu_astronomy"]
 
 

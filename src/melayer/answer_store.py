@@ -71,11 +71,12 @@ class Store:
         with jsonl.keeping("answers", main):
             directory.mkdir(parents=True, exist_ok=True)
             found = [main, *sorted(directory.glob("eval.rank*.jsonl"))]
-            files = [file for file in found if len(jsonl.whole_lines(file)) > 1] if group.rank == 0 else []
+            files = [file for file in found if file.exists() and file.stat().st_size] if group.rank == 0 else []
         for file in files:
             kept, records = cls.read(file)
-            store._agree(kept, file)
-            store.records |= records
+            if records:  # else nothing can be mixed, and nothing lost
+                store._agree(kept, file)
+                store.records |= records
         with jsonl.keeping("answers", main):
             if group.rank == 0:
                 jsonl.replace(main, [{"eval_of": store.settings}, *store.records.values()])

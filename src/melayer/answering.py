@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from melayer.errors import InputError
-from melayer.tasks import FEWSHOT_SEED, Benchmark
+from melayer.tasks import FEWSHOT_SEED, Benchmark, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,10 +63,20 @@ def harness(
     """lm-eval's model class around this very model, so that hooks fire; the model's mode is put back afterwards."""
     from lm_eval.models.huggingface import HFLM
 
+    class Quiet(HFLM):  # type: ignore[misc]
+        """Without the bars that lm-eval draws for each batch of long texts, whatever it is told."""
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+
     training = model.training
     try:
-        # It sets padding on the tokenizer that it is given.
-        yield HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length)
+        with quiet():
+            # It sets padding on the tokenizer that it is given.
+            lm = Quiet(
+                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length
+            )
+        yield lm
     finally:
         model.train(training)
 
@@ -89,7 +99,7 @@ def items_of(benchmark: Benchmark, lm: Any, *, chat: bool, system: str | None, l
         if task.OUTPUT_TYPE not in _METHODS:
             raise InputError(f"The task {name} asks by {task.OUTPUT_TYPE}; expected one of {', '.join(_METHODS)}.")
         if task.OUTPUT_TYPE == "generate_until":
-            longest = int((task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks))
+            longest = int(task.config.generation_kwargs["max_gen_toks"])
             if longest >= lm.max_length:
                 raise InputError(
                     f"Answers to {name} may have {longest} tokens, and the model has room for {lm.max_length} with the "

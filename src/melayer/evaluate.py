@@ -282,19 +282,8 @@ def select(result: EvalResult, *, on: str, report_on: str, allow_same_items: boo
     chosen = []
     kept: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for task, by_variant in result.answers.items():
-        every = list(by_variant[base])
-        first, second = ([key for key in every if _within(key, part)] for part in (on, report_on))
+        first, second = split(task, list(by_variant[base]), on, report_on, allow_same_items)
         shared = set(first) & set(second)
-        if shared and not allow_same_items:
-            raise InputError(
-                f"{len(shared)} items of {task} are in --select-on {on} and in --report-on {report_on}: a variant that "
-                "is chosen and judged by the same items looks better than it is. Give parts that do not overlap, such "
-                "as even and odd, or --allow-same-items."
-            )
-        if not first or not second:
-            raise InputError(
-                f"{task} has no items in {on if not first else report_on}: its places are those of --limit."
-            )
         kept[task] = {label: {key: answers[key] for key in second} for label, answers in by_variant.items()}
         others = [label for label in by_variant if label != base]
         for metric, about in tasks[task]["metrics"].items():
@@ -313,6 +302,36 @@ def select(result: EvalResult, *, on: str, report_on: str, allow_same_items: boo
     if any(one.same_items for one in chosen):
         note += " Chosen and judged by the same items, as was asked for: the gain of a chosen variant is too good."
     return replace(found, chosen=tuple(chosen), notes=(*found.notes, note))
+
+
+def split(
+    task: str, items: Sequence[str], on: str, report_on: str, allow_same_items: bool
+) -> tuple[list[str], list[str]]:
+    """The items of a task to choose by, and those to judge on.
+
+    Args:
+        task: Its name, for what is said.
+        items: Their keys, `task/place`.
+        on: The items to choose by: `even`, `odd`, or places such as `0-99,150-`.
+        report_on: The items to judge on, in the same words.
+        allow_same_items: Whether the two may overlap.
+
+    Raises:
+        InputError: Items are used for both, or none is left.
+    """
+    first, second = ([key for key in items if _within(key, part)] for part in (on, report_on))
+    shared = set(first) & set(second)
+    if shared and not allow_same_items:
+        raise InputError(
+            f"{len(shared)} items of {task} are in --select-on {on} and in --report-on {report_on}: a variant that "
+            "is chosen and judged by the same items looks better than it is. Give parts that do not overlap, such "
+            "as even and odd, or --allow-same-items."
+        )
+    if not first or not second:
+        raise InputError(
+            f"{task} has no items in {on if not first else report_on}: it has {len(items)}, with places from 0."
+        )
+    return first, second
 
 
 def compare_runs(first: str | Path, second: str | Path) -> EvalResult:
@@ -339,7 +358,8 @@ def compare_runs(first: str | Path, second: str | Path) -> EvalResult:
                 if rows:
                     found[f"{label} ({name})"] = rows
                     variants[f"{label} ({name})"] = about
-        common = set.intersection(*(set(rows) for rows in found.values())) if found else set()
+        both = all(any(key[0] == task for key in records) for _, records in runs)
+        common = set.intersection(*(set(rows) for rows in found.values())) if both else set()
         alike = [key for key in common if len({rows[key]["prompt"] for rows in found.values()}) == 1]
         if len(alike) < len(common):
             notes.append(f"{task}: {len(common) - len(alike)} items were asked in other words and are left out.")
@@ -353,7 +373,8 @@ def compare_runs(first: str | Path, second: str | Path) -> EvalResult:
         )
     settings = {"shared": {"runs": {name: run[0]["shared"] for name, run in zip(names, runs, strict=True)}}}
     settings |= {"tasks": {task: tasks[task] for task in answers}, "variants": variants}
-    return replace(_result(settings, answers, {}, {}), notes=tuple(notes))
+    result = _result(settings, answers, {}, {})
+    return replace(result, notes=(*result.notes, *notes))
 
 
 # --- figures from answers ------------------------------------------------------------------------------------------
@@ -380,10 +401,27 @@ def _result(
                 change = _change(task, metric, about, base, label, by_variant)
                 if change is not None:
                     changes.append(change)
+        notes += _cut_off(task, settings["tasks"][task]["generation"], by_variant)
     judged = paired.holm([change.comparison for change in changes if change.primary])
     corrected = iter(judged)
     changes = [replace(one, comparison=next(corrected)) if one.primary else one for one in changes]
     return EvalResult(settings, tuple(scores), tuple(changes), tuple(notes), (), answers, prompts)
+
+
+def _cut_off(
+    task: str, generation: Mapping[str, Any] | None, by_variant: Mapping[str, Mapping[str, dict[str, Any]]]
+) -> list[str]:
+    """A note where answers ended because they were not allowed to be longer."""
+    if generation is None:
+        return []
+    limit = generation["max_gen_toks"]
+    # The text's tokens are counted anew, and may come to a few less than were generated.
+    long = {label: sum(row["tokens"] >= 0.95 * limit for row in rows.values()) for label, rows in by_variant.items()}
+    if not any(long.values()):
+        return []
+    n = len(next(iter(by_variant.values())))
+    counts = ", ".join(f"{count} under {label}" for label, count in long.items())
+    return [f"Answers to {task} of at least 95 % of the {limit} tokens allowed, of {n}: {counts}."]
 
 
 def _score(

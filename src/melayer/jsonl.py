@@ -14,16 +14,19 @@ from melayer.errors import OutputError
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a file, none if it is missing; the last one is cut away where it was not written to its end."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    """The lines of a file, none if it is missing, without a last one that is not written to its end (yet)."""
+    content = path.read_bytes() if path.exists() else b""
     # Not splitlines(), which also cuts at separators that JSON strings may hold.
-    return whole.decode("utf-8", errors="replace").split("\n")[:-1]
+    return content[: _whole(content)].decode("utf-8", errors="replace").split("\n")[:-1]
+
+
+def mend(path: Path) -> list[str]:
+    """`whole_lines`, with the rest cut away, so that more lines can be added."""
+    lines = whole_lines(path)
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(_whole(file.read()))
+    return lines
 
 
 def append(path: Path, values: Iterable[dict[str, Any]]) -> None:
@@ -49,6 +52,10 @@ def keeping(what: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"The {what} cannot be kept in {path}: {error.strerror}. Give another place.") from error
+
+
+def _whole(content: bytes) -> int:
+    return content.rfind(b"\n") + 1
 
 
 def _line(value: dict[str, Any]) -> str:

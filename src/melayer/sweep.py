@@ -386,7 +386,7 @@ class _Kept:
         subject = json.loads(json.dumps(subject))
         with jsonl.keeping("sweep", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = jsonl.whole_lines(path)
+            lines = jsonl.mend(path)
             if len(lines) < 2:  # nothing is finished, so that nothing can be lost
                 path.write_bytes(b"")
                 jsonl.append(path, [{"sweep_of": subject}])

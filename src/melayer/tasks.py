@@ -34,6 +34,12 @@ class Benchmark:
     """For each local file its sha256; empty where the items come from the hub."""
     cite: str = ""
 
+    def keys(self, limit: int | None = None) -> list[str]:
+        """The items, as `task/place`: the first of each task, or all."""
+        return [
+            f"{name}/{place}" for name, task in self.tasks.items() for place in range(len(task.eval_docs))[slice(limit)]
+        ]
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -115,6 +121,8 @@ _ALIASES = {known.task: name for name, known in _KNOWN.items()}
 
 FEWSHOT_SEED = 1234
 """lm-eval's own default, so that both ask the same questions."""
+ANSWER_TOKENS = 256
+"""What lm-eval's model class allows where a task names no number."""
 
 
 def load_tasks(
@@ -151,10 +159,10 @@ def load_tasks(
             _known(name, None if data is None else Path(data), fewshot) if name in _KNOWN else _other(name, fewshot)
             for name in asked
         )
-    if max_new_tokens is not None:
-        for task in (task for benchmark in found for task in benchmark.tasks.values()):
-            if task.OUTPUT_TYPE == "generate_until":
-                task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
+    for task in (task for benchmark in found for task in benchmark.tasks.values()):
+        if task.OUTPUT_TYPE == "generate_until":
+            own = (task.config.generation_kwargs or {}).get("max_gen_toks", ANSWER_TOKENS)
+            task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens or own}, update=True)
     return found
 
 

@@ -99,7 +99,7 @@ def run_eval(
     given: dict[str, Any],
 ) -> None:
     """Loads, evaluates under a bar, prints; under `accelerate launch` the first process alone prints."""
-    from melayer.evaluate import evaluate, select
+    from melayer.evaluate import evaluate, select, split
     from melayer.report import check_writable
     from melayer.tasks import load_tasks
 
@@ -111,6 +111,9 @@ def run_eval(
         check_writable(out)
     with stderr().status("Loading the tasks"):
         benchmarks = load_tasks(tasks, data=data, fewshot=fewshot, max_new_tokens=max_new_tokens)
+    if select_on is not None and report_on is not None:
+        for benchmark in benchmarks:  # now, and not after hours of answering
+            split(benchmark.name, benchmark.keys(given["limit"]), select_on, report_on, allow_same_items)
     loading = options.model.loading()
     loaded = load(model, {**loading, **_placed(loading)})
     variants = asked.variants(loaded, model, shared)

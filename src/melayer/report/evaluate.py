@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from melayer.report.sections import BLUE, GREY, ORANGE, Plot, Section, Table, label
 
 if TYPE_CHECKING:
-    from melayer.evaluate import Change, EvalResult, Score
+    from melayer.evaluate import Change, EvalResult
 
 FLIPS = 20
 """Items shown for each comparison and direction."""
@@ -18,9 +19,11 @@ _LONGEST = 1200
 def section(result: EvalResult) -> Section:
     """The section as the page takes it."""
     parts: list[Plot | Table] = []
-    if result.changes:
-        parts.append(_forest(result))
+    if any(change.primary for change in result.changes):
+        parts += [_forest(result), _conclusions(result)]
     parts.append(_scores(result))
+    if result.changes:
+        parts.append(_differences(result))
     if result.chosen:
         parts.append(_chosen(result))
     judged = [change for change in result.changes if change.primary and change.kind == "mean"]
@@ -50,11 +53,11 @@ def _forest(result: EvalResult) -> Plot:
             "hovertemplate": "%{y}: %{x:+.1f} (%{text})<extra></extra>",
         }
     ]
-    base = shown[0].base if shown else ""
+    base = shown[0].base
     return Plot(
         "forest",
         "Each variant against the first",
-        result.sentence,
+        _resolution(shown),
         f"Each point is a variant's score less that of {base} on the same items, in points of accuracy (of "
         "perplexity: hundredths of a nat a word, more is better); the bar is the 95 % paired bootstrap interval. Blue: "
         "a difference is shown after Holm's correction. ↓ marks a score of which less is better.",
@@ -73,37 +76,68 @@ def _forest(result: EvalResult) -> Plot:
     )
 
 
-def _scores(result: EvalResult) -> Table:
-    changes = {(change.task, change.metric, change.variant): change for change in result.changes}
-    columns = ["task", "metric", "variant", "score", "95 % interval", "items", "difference", "95 % interval"]
-    columns += ["wins", "losses", "p", "what follows"]
-    rows = [_row(score, changes.get((score.task, score.metric, score.variant))) for score in result.scores]
-    return Table(
-        "Scores",
-        columns,
-        rows,
-        takeaway="Shares with Wilson's interval; differences in points with the paired bootstrap's; p by the exact "
-        "McNemar test, or by sign flips where an item is not just right or wrong. An asterisk marks what a benchmark "
-        "is judged by: only these are corrected together (Holm), the others describe.",
+def _resolution(shown: Sequence[Change]) -> str:
+    """How small a difference these items can show."""
+    flipped = [c.comparison for c in shown if c.kind == "mean" and c.comparison.wins + c.comparison.losses]
+    widths = [50 * (comparison.high - comparison.low) for comparison in flipped]
+    if not widths:
+        return ""
+    return (
+        f"With these items a difference of accuracy shows from about {min(widths):.1f} to {max(widths):.1f} points on, "
+        "half the width of its interval."
     )
 
 
-def _row(score: Score, change: Change | None) -> list[Any]:
-    mean = score.kind == "mean"
-    row: list[Any] = [
-        score.task,
-        score.metric + (" *" if score.primary else ""),
-        score.variant,
-        f"{score.value:.1%}" if mean else f"{score.value:.4f}",
-        "—" if score.low is None or score.high is None else f"{score.low:.1%} to {score.high:.1%}",
-        score.n,
+def _scores(result: EvalResult) -> Table:
+    rows = [
+        [
+            score.task,
+            score.metric + (" *" if score.primary else ""),
+            score.variant,
+            f"{score.value:.1%}" if score.kind == "mean" else f"{score.value:.4f}",
+            "—" if score.low is None or score.high is None else f"{score.low:.1%} to {score.high:.1%}",
+            score.n,
+        ]
+        for score in result.scores
     ]
-    if change is None:
-        return [*row, "—", "—", "—", "—", "—", ""]
-    found = change.comparison
-    low, high = 100 * found.low, 100 * found.high
-    row += [f"{100 * found.difference:+.1f}", f"{low:+.1f} to {high:+.1f}", found.wins, found.losses]
-    return [*row, f"{found.adjusted:.3g}", change.sentence]
+    return Table(
+        "Scores",
+        ["task", "metric", "variant", "score", "95 % interval", "items"],
+        rows,
+        takeaway="Shares of right answers with Wilson's interval. An asterisk marks what a benchmark is judged by.",
+    )
+
+
+def _differences(result: EvalResult) -> Table:
+    rows = [
+        [
+            change.task,
+            change.metric + (" *" if change.primary else ""),
+            change.variant,
+            f"{100 * found.difference:+.1f}",
+            f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
+            found.wins,
+            found.losses,
+            found.ties,
+            f"{found.adjusted:.3g}",
+        ]
+        for change, found in ((change, change.comparison) for change in result.changes)
+    ]
+    return Table(
+        f"Differences from {result.changes[0].base}, item by item",
+        ["task", "metric", "variant", "difference", "95 % interval", "wins", "losses", "ties", "p"],
+        rows,
+        takeaway="In points, or hundredths of a nat for log-likelihood, with the paired bootstrap's interval; p by the "
+        "exact McNemar test, or by sign flips where an item is not just right or wrong. What a benchmark is judged by "
+        "(*) is corrected, all of it together (Holm); the rest describes.",
+    )
+
+
+def _conclusions(result: EvalResult) -> Table:
+    rows = [
+        [change.task, change.metric, change.variant, change.sentence] for change in result.changes if change.primary
+    ]
+    return Table("What follows", ["task", "metric", "variant", "conclusion"], rows)
 
 
 def _chosen(result: EvalResult) -> Table:
