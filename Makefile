@@ -27,8 +27,9 @@ demo: demo-model
 	$(BIN)/melayer locate demo
 	$(BIN)/melayer report demo --out demo-report
 
+# One thread for each worker: with more, the workers' threads wait for one another most of the time.
 test: demo-model
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -181,6 +181,20 @@ def test_a_constant_answer_is_worth_nothing(benchmarks, constant):
     assert sum(letters) / len(letters) == pytest.approx(1 / 4, abs=0.1)
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmarks' own files are not here")
+def test_what_a_constant_answer_gets_on_the_benchmarks_themselves():
+    found = {benchmark.name: benchmark for benchmark in load_tasks(["gsm8k", "math500", "ifeval"], data=SHARED)}
+
+    def share(name, said):
+        given = values(found[name], found[name].primary[0], said)
+        return sum(given) / len(given)
+
+    assert share("gsm8k", "\\boxed{0}") == 0
+    assert share("math500", "\\boxed{0}") == 7 / 500  # the answers that are 0
+    # Some of IFEval's rules forbid something only: a constant keeps those (docs/evaluate.md).
+    assert share("ifeval", "2") == 96 / 541
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
