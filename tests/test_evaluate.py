@@ -113,6 +113,16 @@ def test_plain_is_what_lm_eval_itself_finds(model, data, result):
                     assert scores[name].value == pytest.approx(value, rel=1e-6), (key, filtered)
 
 
+def test_log_likelihoods_are_added_up_in_float32(model, benchmarks):
+    import copy
+
+    half = copy.deepcopy(model).bfloat16()
+    found = run(half, benchmarks[2:3], {"plain": None}).answers["wikitext2"]["plain"]
+    sums = [answer["output"] for answer in found.values()]
+    # Sums in bfloat16 are bfloat16 numbers; the logits alone are.
+    assert not all(float(torch.tensor(value).bfloat16()) == value for value in sums)
+
+
 def test_the_model_and_the_tokenizer_are_as_before(benchmarks):
     model, tokenizer = toys.make("llama").train(), toys.tokenizer()
     before = {key: value.clone() for key, value in model.state_dict().items()}

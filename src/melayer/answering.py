@@ -72,9 +72,13 @@ def harness(
     training = model.training
     try:
         with quiet():
-            # It sets padding on the tokenizer that it is given.
             lm = Quiet(
-                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),  # it sets padding on the one that it is given
+                batch_size=batch_size,
+                max_length=max_length,
+                # In bfloat16 it would add up log-likelihoods of thousands in steps of 16.
+                softmax_dtype="float32",
             )
         yield lm
     finally:
