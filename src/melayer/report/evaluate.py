@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 FLIPS = 20
 """Items shown for each comparison and direction."""
-_LONGEST = 1200
+_LONGEST = 700
 """Characters of an answer shown."""
 
 
@@ -66,7 +67,7 @@ def _forest(result: EvalResult) -> Plot:
             "layout": {
                 "xaxis": {"title": {"text": f"difference from {label(base)} (points)"}},
                 "yaxis": {"autorange": "reversed", "automargin": True},
-                "height": 160 + 34 * len(names),
+                "height": max(380, 160 + 34 * len(names)),
                 "showlegend": False,
                 "shapes": [
                     {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": ORANGE}}
@@ -171,12 +172,12 @@ def _flips(result: EvalResult, change: Change) -> list[Table]:
             if len(rows) > FLIPS:
                 title += f", the first {FLIPS}"
             columns = ["item", "prompt", change.base, change.variant]
-            tables.append(Table(title, columns, rows[:FLIPS], folded=True))
+            tables.append(Table(title, columns, rows[:FLIPS], folded=True, prose=True))
     return tables
 
 
 def _short(output: Any, *, tail: bool = False) -> str:
-    text = output if isinstance(output, str) else str(output)
+    text = re.sub(r"\n\s*\n", "\n", output) if isinstance(output, str) else str(output)
     if len(text) <= _LONGEST:
         return text
     return f"…{text[-_LONGEST:]}" if tail else f"{text[:_LONGEST]}…"

@@ -37,6 +37,8 @@ class Table:
     rows: Sequence[Sequence[Any]]
     takeaway: str = ""
     folded: bool = False
+    prose: bool = False
+    """Whether cells hold running text, to be read side by side."""
 
 
 @dataclass(frozen=True)
