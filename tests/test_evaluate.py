@@ -79,6 +79,11 @@ def test_figures_are_those_of_the_answers(result):
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["sentence"] == result.sentence
 
 
+def test_a_task_that_is_judged_twice_is_named_with_its_metric(result):
+    names = {result.place(change) for change in result.changes if change.primary}
+    assert names == {"gsm8k", "mmlu", "wikitext2", "xstest refused_safe", "xstest refused_unsafe"}
+
+
 def test_holm_is_over_what_a_benchmark_is_judged_by(result):
     judged = [change for change in result.changes if change.primary]
     assert len(judged) == 2 * 5  # two masks; gsm8k, mmlu, wikitext2 and two of xstest

@@ -137,13 +137,18 @@ class EvalResult:
                 (gains if up == change.comparison.higher_is_better else losses).append(change)
 
         def named(changes: Sequence[Change]) -> str:
-            return f" ({', '.join(f'{c.variant} on {c.task}' for c in changes)})" if changes else ""
+            return f" ({', '.join(f'{c.variant} on {self.place(c)}' for c in changes)})" if changes else ""
 
         return (
             f"Of {len(judged)} comparisons with {judged[0].base}, corrected for their number (Holm), {len(gains)} show "
             f"a gain{named(gains)}, {len(losses)} a loss{named(losses)}, and {len(judged) - len(gains) - len(losses)} "
             "no difference."
         )
+
+    def place(self, change: Change) -> str:
+        """The task of a comparison, with the metric where the task is judged by several."""
+        metrics = {one.metric for one in self.changes if one.primary and one.task == change.task}
+        return change.task if len(metrics) < 2 else f"{change.task} {change.metric}"
 
     def flips(self, change: Change) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         """The items on which a comparison's variants differ: (item, the base's answer, the other's)."""

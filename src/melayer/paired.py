@@ -75,6 +75,7 @@ class Comparison:
         sign = 1 if self.higher_is_better else -1
         low, high = sorted((sign * scale * self.low, sign * scale * self.high))
         gain = sign * scale * self.difference
+        low, high, gain = (round(value, 1) + 0.0 for value in (low, high, gain))  # no -0.0
         interval = f"{self.level:.0%} interval {low:.1f} to {high:.1f}"
         start = f"wins {self.wins}, losses {self.losses}, ties {self.ties}: "
         if not self.higher_is_better:

@@ -34,7 +34,9 @@ def section(result: EvalResult) -> Section:
 
 def _forest(result: EvalResult) -> Plot:
     shown = [change for change in result.changes if change.primary]
-    names = [f"{label(c.task)}, {label(c.variant)}" + ("" if c.comparison.higher_is_better else " ↓") for c in shown]
+    names = [
+        f"{label(result.place(c))}, {label(c.variant)}" + ("" if c.comparison.higher_is_better else " ↓") for c in shown
+    ]
     found = [change.comparison for change in shown]
     data = [
         {
@@ -168,7 +170,7 @@ def _flips(result: EvalResult, change: Change) -> list[Table]:
     tables = []
     for rows, what in ((better, "won"), (worse, "lost")):
         if rows:
-            title = f"{change.task}: {len(rows)} items {what} by {change.variant}"
+            title = f"{result.place(change)}: {len(rows)} items {what} by {change.variant}"
             if len(rows) > FLIPS:
                 title += f", the first {FLIPS}"
             columns = ["item", "prompt", change.base, change.variant]

@@ -32,7 +32,7 @@ def show_eval(result: EvalResult, console: Console) -> None:
         console.print("\n[bold]What follows[/]", highlight=False)
         for change in result.changes:
             if change.primary:
-                console.print(escape(f"{change.variant} on {change.task}: {change.sentence}"), highlight=False)
+                console.print(escape(f"{change.variant} on {result.place(change)}: {change.sentence}"), highlight=False)
     console.print(
         "Intervals are at 95 %: of a share Wilson's, of a difference a paired bootstrap by item. * marks what a "
         "benchmark is judged by; these comparisons are corrected together (Holm). p: exact McNemar test of right and "
