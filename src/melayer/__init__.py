@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from melayer.sinks import SinksResult, sinks
     from melayer.sweep import SweepResult, sweep
     from melayer.tasks import load_tasks
+    from melayer.tune import TuneResult, dpo, grpo, sft
 
 _HOMES = {
     "load": "melayer.models",
@@ -57,6 +58,10 @@ _HOMES = {
     "compare_runs": "melayer.evaluate",
     "EvalResult": "melayer.evaluate",
     "load_tasks": "melayer.tasks",
+    "sft": "melayer.tune",
+    "dpo": "melayer.tune",
+    "grpo": "melayer.tune",
+    "TuneResult": "melayer.tune",
     "write_report": "melayer.report",
     "write_eval_report": "melayer.report",
     "MelayerError": "melayer.errors",
@@ -86,19 +91,23 @@ __all__ = [
     "SetMassive",
     "SinksResult",
     "SweepResult",
+    "TuneResult",
     "WeMask",
     "__version__",
     "answers",
     "compare_runs",
+    "dpo",
     "evaluate",
     "explain",
     "fixed_prefix",
+    "grpo",
     "load",
     "load_tasks",
     "locate",
     "perplexity",
     "rigidity",
     "select",
+    "sft",
     "sinks",
     "sweep",
     "write_eval_report",
