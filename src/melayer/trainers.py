@@ -16,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.trainer import grpo_trainer
 
-from melayer import checkpoints, jsonl
+from melayer import adapters, checkpoints, jsonl
 from melayer.errors import TrainingError
 from melayer.mask import WeMask
 from melayer.provenance import fingerprint
@@ -31,9 +31,15 @@ class Run:
     """What a trainer knows of the run that it is part of."""
 
     out: Path
+    model: str
+    """The name of the model that training began with."""
     mask: WeMask | None
     reference: str
     progress: Progress | None = None
+
+
+class _NothingLeft(Exception):  # noqa: N818 - no error
+    """All steps were done before."""
 
 
 class _Run(TrainerCallback):
@@ -45,6 +51,9 @@ class _Run(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The trainer has set its counters to zero by now."""
         self.trainer.restore()
+        if self.trainer._restored_from is not None and state.global_step >= state.max_steps:
+            # The run was stopped while it wrote its result; the trainer would make one step too many.
+            raise _NothingLeft
 
     def on_log(
         self,
@@ -85,7 +94,10 @@ class _WholeMixin:
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         """As the trainer's own."""
         self._restored_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)  # type: ignore[misc]
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)  # type: ignore[misc]
+        except _NothingLeft:
+            return None
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """None: the run's own page says what was done."""
@@ -160,6 +172,7 @@ class _WholeMixin:
         if best and (best == trainer.state.global_step or (out / f"checkpoint-{best}").is_dir()):
             trainer.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
         trainer.state.save_to_json(str(staged / "trainer_state.json"))
+        adapters.name_base(staged, self.run.model)
         if self.run.mask is not None:
             saved_mask(self.run.mask, trainer.model, sharded=is_sharded(trainer)).save(staged)
 
