@@ -49,6 +49,7 @@ ORDER = (
     "checkpoints",
     "trainers",
     "run_directory",
+    "lending",
     "training",
     "contrast",
     "report.sections",

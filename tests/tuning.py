@@ -25,6 +25,10 @@ def model(family: str = "llama", seed: int = 0) -> torch.nn.Module:
                     parameter.add_(0.2 * torch.rand(parameter.shape, generator=generator))
                 if "v_proj" in name or "o_proj" in name:
                     parameter.mul_(6)
+                if "q_proj" in name or "k_proj" in name:
+                    parameter.mul_(4)
+        # Logits that are not all one token's.
+        made.lm_head.weight.normal_(0, 0.05, generator=generator)
     return made
 
 

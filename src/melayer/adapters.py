@@ -85,7 +85,7 @@ def merged(model: PreTrainedModel, adapter: Adapter, base: str) -> PreTrainedMod
         ) from error
     for left in ("peft_config", "_hf_peft_config_loaded"):
         vars(whole).pop(left, None)
-    return whole  # type: ignore[no-any-return]
+    return whole
 
 
 def _read(path: Path) -> dict[str, Any]:

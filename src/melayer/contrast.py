@@ -34,10 +34,10 @@ class Measured:
     """The mask that was applied while it was measured."""
 
     @property
-    def largest(self) -> tuple[float, int, int]:
-        """The largest |h| at a block's output, with its block and dimension."""
-        row = max(self.located.blocks, key=lambda row: row.max_abs)
-        return row.max_abs, row.layer, row.dim
+    def largest(self) -> tuple[float | None, int | None, int | None]:
+        """The largest finite |h| at a block's output, with its block and dimension."""
+        rows = [(row.max_abs, row.layer, row.dim) for row in self.located.blocks if row.max_abs is not None]
+        return max(rows, key=lambda row: row[0]) if rows else (None, None, None)
 
     def sinks_after(self, layer: int | None) -> float | None:
         """The sink rate over the blocks after one, whichever the model's own ME layer is."""

@@ -22,8 +22,8 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in jsonl.whole_lines(out / LOG)]
 
 
-def opened(out: Path, settings: dict[str, Any], *, resume: bool, write: bool) -> tuple[int, Path] | None:
-    """The checkpoint to go on from, if any; a new run writes down what it is.
+def opened(out: Path, settings: dict[str, Any], *, resume: bool) -> tuple[int, Path] | None:
+    """The checkpoint to go on from, if any; nothing is changed yet.
 
     Raises:
         InputError: The directory holds another run, or there is nothing to go on from.
@@ -43,7 +43,8 @@ def opened(out: Path, settings: dict[str, Any], *, resume: bool, write: bool) ->
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read: {error}. Give another directory.") from error
     if not resume:
-        return _begun(out, settings, there, write=write)
+        _check_new(out, there)
+        return None
     if there is None:
         raise InputError(f"There is no run in {out} to go on with. Leave resume (--resume) out.")
     if there.get("status") == "finished":
@@ -57,23 +58,26 @@ def opened(out: Path, settings: dict[str, Any], *, resume: bool, write: bool) ->
     found = checkpoints.last(out)
     if found is not None and not (found[1] / "scheduler.pt").exists():
         raise InputError(f"{found[1]} holds weights only (save_only_model), so the run cannot go on from it exactly.")
-    if write:
-        step = 0 if found is None else found[0]
-        with jsonl.keeping("log", out / LOG):
-            # What was logged after the checkpoint will come again.
-            jsonl.replace(out / LOG, (line for line in read_log(out) if line["step"] <= step))
     return found
 
 
-def _begun(out: Path, settings: dict[str, Any], there: Any, *, write: bool) -> None:
-    if not write:
+def begin(out: Path, settings: dict[str, Any], checkpoint: tuple[int, Path] | None, *, resume: bool) -> None:
+    """Writes down what a new run is, or forgets what one that goes on will log again."""
+    if not resume:
+        record(out, {"melayer_version": __version__, "status": "running", "settings": settings})
         return
+    step = 0 if checkpoint is None else checkpoint[0]
+    kept = [line for line in read_log(out) if line["step"] <= step and checkpoint is not None]
+    with jsonl.keeping("log", out / LOG):
+        jsonl.replace(out / LOG, kept)
+
+
+def _check_new(out: Path, there: Any) -> None:
     if there is not None:
         how = "and finished" if there.get("status") == "finished" else "that was stopped; go on with --resume"
         raise InputError(f"{out} holds a run already, {how}. Give another directory with --out.")
     if (out / "config.json").exists() or (out / "adapter_config.json").exists():
         raise InputError(f"{out} holds a model. Give another directory with --out.")
-    record(out, {"melayer_version": __version__, "status": "running", "settings": settings})
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], under: str = "") -> list[str]:

@@ -42,7 +42,7 @@ class _NothingLeft(Exception):  # noqa: N818 - no error
     """All steps were done before."""
 
 
-class _Run(TrainerCallback):
+class _Run(TrainerCallback):  # type: ignore[misc]
     """Keeps the log, reports progress, and puts back what a checkpoint holds of the trainer itself."""
 
     def __init__(self, trainer: _WholeMixin) -> None:
@@ -219,8 +219,9 @@ class Preference(_WholeMixin, DPOTrainer):  # type: ignore[misc]
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """As TRL's, which caches by data and weights: the mask is neither, and changes what it computes."""
         mask = self.run.mask if self.run.reference == "masked" else None
-        known = str(self._precompute_model_hash).partition(" ")[0]
-        self._precompute_model_hash = f"{known} {mask}"
+        trainer: Any = self
+        known = str(trainer._precompute_model_hash).partition(" ")[0]
+        trainer._precompute_model_hash = f"{known} {mask}"
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from melayer import adapters, checkpoints, run_directory, training_config, training_data
 from melayer.errors import InputError, MelayerWarning
+from melayer.lending import lent
 from melayer.mask import WeMask
 from melayer.masking import free
 from melayer.provenance import ModelInfo, describe, versions
@@ -168,32 +169,33 @@ def run(
     for note in prepared.notes:
         warnings.warn(note, MelayerWarning, stacklevel=3)
     main = config.process_index == 0
-    with config.main_process_first(desc="opening the run"):
-        checkpoint = run_directory.opened(asked.out, settings, resume=asked.resume, write=main)
+    checkpoint = run_directory.opened(asked.out, settings, resume=asked.resume)
     from melayer.trainers import Run
 
     about = Run(asked.out, info.name, mask, asked.reference, asked.progress)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        stack.enter_context(_given_back(model))
-        use_cache = model.config.use_cache
+        stack.enter_context(lent(model))
+        plays = (model.config.use_cache, getattr(model.generation_config, "disable_compile", None))
         reference = copy.deepcopy(model) if needs_reference and adapter is None else None
         if mask is not None:
             stack.enter_context(mask.apply(model, parts=asked.parts, when=_policy_runs(model, asked, adapter)))
             if reference is not None and asked.reference == "masked":
                 stack.enter_context(mask.apply(reference, parts=asked.parts))
-        if adapter is not None:
-            stack.callback(_unwrapped, model)
         trainer = _trainer(model, copy.deepcopy(tokenizer), prepared, asked, config, adapter, reference, about)
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            run_directory.begin(asked.out, settings, checkpoint, resume=asked.resume)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint[1]))
         steps = int(trainer.state.global_step)
         if prepared.validation is not None and not _evaluated(trainer.state.log_history, steps):
             trainer.evaluate()
-        # The trainer turned the cache off for training; who loads the result wants to generate.
-        trainer.accelerator.unwrap_model(trainer.model).config.use_cache = use_cache
+        # The trainer turned the cache off, and the mask compilation; who loads the result decides anew.
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        trained.config.use_cache, trained.generation_config.disable_compile = plays
         _save(trainer, asked.out, mask, info.name)
     history = run_directory.read_log(asked.out)
-    trained = [line for line in history if not any(key.startswith("eval_") for key in line)]
+    logged = [line for line in history if not any(key.startswith("eval_") for key in line)]
     result = TuneResult(
         method=asked.method,
         out=str(asked.out),
@@ -202,8 +204,8 @@ def run(
         reference=asked.reference if needs_reference else None,
         adapter=adapter is not None,
         steps=steps,
-        first=trained[0] if trained else {},
-        last=trained[-1] if trained else {},
+        first=logged[0] if logged else {},
+        last=logged[-1] if logged else {},
         validation=tuple(line for line in history if any(key.startswith("eval_") for key in line)),
         resumed_from=None if checkpoint is None else checkpoint[0],
         seconds=round(time.monotonic() - started, 3),
@@ -346,70 +348,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\b")
         yield
-
-
-# --- the model that was handed in -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _given_back(model: PreTrainedModel) -> Iterator[None]:
-    """After training the model has its own forward, config and modes again; only its weights may be others."""
-    config, generation = copy.deepcopy(model.config), copy.deepcopy(getattr(model, "generation_config", None))
-    grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    dropout = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
-    training = [module for module in model.modules() if module.training]
-    checkpointing = {
-        module: {key: vars(module).get(key) for key in ("gradient_checkpointing", "_gradient_checkpointing_func")}
-        for module in model.modules()
-        if "gradient_checkpointing" in vars(module)
-    }
-    forward = vars(model).get("forward")
-    try:
-        yield
-    finally:
-        if forward is None:
-            vars(model).pop("forward", None)
-        else:
-            vars(model)["forward"] = forward
-        disable = getattr(model, "disable_input_require_grads", None)
-        if disable is not None and getattr(model, "_require_grads_hooks", None):
-            disable()
-        model.config = config
-        if generation is not None:
-            model.generation_config = generation
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = grads.get(name, parameter.requires_grad)
-            parameter.grad = None
-        for module, p in dropout.items():
-            module.p = p
-        for module, values in checkpointing.items():
-            for key, value in values.items():
-                if value is None:
-                    vars(module).pop(key, None)
-                else:
-                    vars(module)[key] = value
-        model.eval()
-        for module in training:
-            module.training = True
-
-
-def _unwrapped(model: nn.Module) -> None:
-    """Takes the adapter out of the model again: it is in the run's directory."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    for name, module in list(model.named_modules()):
-        original: nn.Module
-        if isinstance(module, BaseTunerLayer):
-            original = module.get_base_layer()
-        elif isinstance(module, ModulesToSaveWrapper):
-            original = module.original_module
-        else:
-            continue
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, original)
-    for left in ("peft_config", "_hf_peft_config_loaded"):
-        vars(model).pop(left, None)
 
 
 def _save(trainer: Any, out: Path, mask: WeMask | None, name: str) -> None:

@@ -135,8 +135,10 @@ def resolve(
     if method == "grpo":
         ours |= _grpo_defaults(given, kind)
     elif max_positions is not None:
-        default = next(item.default for item in fields(kind) if item.name == "max_length")
-        ours["max_length"] = min(default or max_positions, max_positions)
+        default: Any = next(item.default for item in fields(kind) if item.name == "max_length")
+        # Rows that are too long are left out before, and TRL insists on None where nothing is padded.
+        alone = method == "sft" and given.get("padding_free") and not given.get("packing")
+        ours["max_length"] = None if alone else min(default or max_positions, max_positions)
     values = {**ours, **given}
     if values.get("seed") != seed and "data_seed" not in values:
         values["data_seed"] = values["seed"]

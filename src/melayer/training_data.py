@@ -122,7 +122,7 @@ def read(source: str, *, split: str = "train") -> Dataset:
     """
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from pyarrow.lib import ArrowException
+    from pyarrow import ArrowException
 
     path = Path(source).expanduser()
     kind = _KINDS.get(path.name.removesuffix(".gz").rpartition(".")[2].lower())

@@ -25,7 +25,7 @@ def section(result: ContrastResult) -> Section:
         _plot(
             "contrast-magnitude",
             "Largest magnitude by block",
-            f"It was {before[0]:,.0f} (block {before[1]}, dimension {before[2]}) and is {after[0]:,.0f} (block "
+            f"It was {number(before[0])} (block {before[1]}, dimension {before[2]}) and is {number(after[0])} (block "
             f"{after[1]}, dimension {after[2]}).",
             "The largest |h| at each block's output over all texts; the axis is logarithmic.",
             magnitudes,
