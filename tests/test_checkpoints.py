@@ -168,13 +168,10 @@ def _nan_at(compute, step):
 
 
 def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path):
-    def ruin(done, total, figures):
-        pass
-
     # A gradient of infinity behind a finite loss: the weights are gone after the step, and the loss was fine.
     config = {"max_steps": 2, "learning_rate": 1e38, "optim": "sgd", "max_grad_norm": 0.0, "save_steps": 1}
     with pytest.raises(TrainingError, match=r"(After step 1 some weights are not finite|The loss of step \d is nan)"):
-        job("sft", tmp_path / "o", config=config, progress=ruin)
+        job("sft", tmp_path / "o", config=config)
     last = checkpoints.last(tmp_path / "o")
     assert last is None or all(
         torch.isfinite(value).all() for value in _weights(last[1] / "model.safetensors").values()
@@ -200,9 +197,8 @@ def room():
     signal.signal(signal.SIGXFSZ, ignored)
 
 
-@pytest.mark.parametrize(
-    "kilobytes", [200, 1500]
-)  # too little for the weights; enough for these, not for the optimiser
+# Too little for the weights; and enough for these, but not for the optimiser.
+@pytest.mark.parametrize("kilobytes", [200, 1500])
 def test_no_space_for_a_checkpoint(kilobytes, room, tmp_path):
     out = tmp_path / "o"
     with pytest.raises(OutputError) as found:
@@ -257,7 +253,8 @@ def test_the_file_that_makes_it_a_model_comes_last(tmp_path, monkeypatch):
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, target: moved.append(self.name) or replace(self, target))
     checkpoints.publish_files(staged, tmp_path, "config.json")
-    assert moved == ["a", "z", "config.json"]
+    assert sorted(moved[:2]) == ["a", "z"]
+    assert moved[2] == "config.json"
 
 
 def test_what_is_not_about_the_disk_goes_its_way(tmp_path):

@@ -170,9 +170,9 @@ def run(
         warnings.warn(note, MelayerWarning, stacklevel=3)
     main = config.process_index == 0
     checkpoint = run_directory.opened(asked.out, settings, resume=asked.resume)
-    from melayer.trainers import Run
+    from melayer import trainers
 
-    about = Run(asked.out, info.name, mask, asked.reference, asked.progress)
+    about = trainers.Run(asked.out, info.name, mask, asked.reference, asked.progress)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(lent(model))
@@ -183,6 +183,9 @@ def run(
             if reference is not None and asked.reference == "masked":
                 stack.enter_context(mask.apply(reference, parts=asked.parts))
         trainer = _trainer(model, copy.deepcopy(tokenizer), prepared, asked, config, adapter, reference, about)
+        if trainers.is_sharded(trainer):
+            kind = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+            notes.append(f"The weights were sharded with {kind} over {config.world_size} processes.")
         trainer.accelerator.wait_for_everyone()
         if main:
             run_directory.begin(asked.out, settings, checkpoint, resume=asked.resume)
