@@ -1,7 +1,7 @@
 """Run by test_distributed.py in each of two processes: a few steps with the weights sharded by FSDP, on the CPU.
 
-accelerate takes several processes on a CPU for plain data parallelism and leaves FSDP out. It is told here that they are
-of the kind for which it does shard; torch's FSDP itself works on a CPU, through gloo.
+accelerate takes several processes on a CPU for plain data parallelism and leaves FSDP out. It is told here that they
+are of the kind for which it does shard; torch's FSDP itself works on a CPU, through gloo.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ ENVIRONMENT = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_USE_ORIG_PARAMS": "true",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -51,7 +50,7 @@ def main(out: str, methods: list[str]) -> None:
         model = self.trainer.model
         wrapped = {type(module).__name__ for module in model.modules()}
         kinds["parameters"] = sorted({type(p).__name__ for p in model.parameters()})
-        kinds["wrapped"] = sorted(name for name in wrapped if "FSDP" in name or "FullySharded" in name)
+        kinds["wrapped"] = sorted(name for name in wrapped if name.startswith("FSDP"))
 
     trainers._Run.on_train_begin = look
     for method in methods:

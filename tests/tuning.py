@@ -16,7 +16,7 @@ TEMPLATE = (
 
 def model(family: str = "llama", seed: int = 0) -> torch.nn.Module:
     """A toy with a massive activation on X, gammas that differ, and attention that matters."""
-    made = toys.plant(toys.make(family, seed=seed), [(ME, 7, 3000.0)])
+    made = toys.plant(toys.make(family, seed=seed), [(ME, 7, 300000.0)])
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for block in toys.blocks(made):
