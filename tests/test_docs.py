@@ -58,11 +58,16 @@ def test_every_public_name_and_command_is_documented():
         "perplexity",
         "sweep",
         "write_report",
+        "sft",
+        "dpo",
+        "grpo",
+        "measure",
+        "contrast",
     ):
         assert f"melayer.{name}(" in documents
     for name in ("SetMassive", "FlatGamma", "CapWrite", "RemoveNeurons"):
         assert f"`{name}" in documents
-    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate", "sweep"):
+    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate", "sweep", "tune", "contrast"):
         assert f"melayer {command} " in documents
 
 

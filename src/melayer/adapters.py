@@ -76,7 +76,8 @@ def merged(model: PreTrainedModel, adapter: Adapter, base: str) -> PreTrainedMod
         )
     try:
         with warnings.catch_warnings():
-            # The base was named by us, and is at hand: peft need not look for it.
+            # Between peft and transformers, about names; and the base was named by us and is at hand.
+            warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
             whole: Any = PeftModel.from_pretrained(model, str(adapter.directory)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
