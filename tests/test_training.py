@@ -127,6 +127,27 @@ def test_nothing_flows_through_the_masked_entries():
         assert (grad[:, ~masked] != 0).all()
 
 
+def test_the_loss_is_on_the_assistants_turns_alone(tokenizer, tmp_path, monkeypatch):
+    marking = copy.deepcopy(tokenizer)
+    marking.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}w2 {% generation %}{{ m['content'] + ' </s> ' }}"
+        "{% endgeneration %}{% else %}X w1 {{ m['content'] + ' </s> ' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}w2 {% endif %}"
+    )
+    turns = [("user", "w7"), ("assistant", "w8 w9"), ("user", "w10"), ("assistant", "w11")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}] * 4
+    seen = []
+    monkeypatch.setattr(
+        trainers._Run, "on_train_begin", lambda self, *_, **__: seen.append(self.trainer.train_dataset[0])
+    )
+    result = melayer.sft(
+        tuning.model(), marking, rows, out=tmp_path, mask=tuning.mask(), config=tuning.small(max_steps=1)
+    )
+    assert result.settings["config"]["assistant_only_loss"]
+    learned = [label for label in seen[0]["labels"] if label != -100]
+    assert learned == tokenizer("w8 w9 </s> w11 </s>")["input_ids"]
+
+
 # --- the reference --------------------------------------------------------------------------------------------------
 
 

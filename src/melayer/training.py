@@ -151,6 +151,8 @@ def run(
         max_length=_longest(config, decoder.max_positions),
         seed=asked.seed,
     )
+    if prepared.assistant_only and "assistant_only_loss" not in given:
+        config.assistant_only_loss = True
     needs_reference = asked.method == "dpo" or (asked.method == "grpo" and config.beta != 0)
     adapter = _adapter(asked.lora)
     settings = {
@@ -170,6 +172,8 @@ def run(
         warnings.warn(note, MelayerWarning, stacklevel=3)
     main = config.process_index == 0
     checkpoint = run_directory.opened(asked.out, settings, resume=asked.resume)
+    if checkpoint is not None:
+        config.eval_on_start = False  # that was before the first step
     from melayer import trainers
 
     about = trainers.Run(asked.out, info.name, mask, asked.reference, asked.progress)
@@ -325,8 +329,6 @@ def _trainer(
     }
     try:
         if asked.method == "sft":
-            if prepared.assistant_only and "assistant_only_loss" not in _given(asked):
-                config.assistant_only_loss = True
             return trainers.Supervised(**shared)
         if asked.method == "dpo":
             trainer = trainers.Preference(**shared, ref_model=reference)
@@ -337,12 +339,6 @@ def _trainer(
             return trainers.Rewarded(**shared, reward_funcs=_rewards(asked))
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"The trainer refuses this: {str(error).strip().splitlines()[0]}") from error
-
-
-def _given(asked: Asked) -> Mapping[str, Any]:
-    if isinstance(asked.config, (str, Path)):
-        return training_config.read(Path(asked.config))
-    return asked.config or {}
 
 
 @contextmanager

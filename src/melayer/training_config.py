@@ -140,8 +140,6 @@ def resolve(
         alone = method == "sft" and given.get("padding_free") and not given.get("packing")
         ours["max_length"] = None if alone else min(default or max_positions, max_positions)
     values = {**ours, **given}
-    if values.get("seed") != seed and "data_seed" not in values:
-        values["data_seed"] = values["seed"]
     try:
         return kind(**values, output_dir=str(out), disable_tqdm=True)
     except (TypeError, ValueError, NotImplementedError, ImportError) as error:
