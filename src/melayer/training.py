@@ -143,33 +143,14 @@ def run(
         )
     if asked.method == "grpo" and config.reward_weights is None and asked.rewards is None:
         config.reward_weights = list(REWARD_WEIGHTS)
-    prepared = training_data.prepare(
-        asked.method,
-        data,
-        tokenizer,
-        **row_options,
-        max_length=_longest(config, decoder.max_positions),
-        seed=asked.seed,
-    )
+    prepared = _prepared(data, tokenizer, asked, config, row_options, decoder.max_positions)
     if prepared.assistant_only and "assistant_only_loss" not in given:
         config.assistant_only_loss = True
     needs_reference = asked.method == "dpo" or (asked.method == "grpo" and config.beta != 0)
     adapter = _adapter(asked.lora)
-    settings = {
-        "method": asked.method,
-        "model": info.to_dict(),
-        "mask": None if mask is None else asdict(mask),
-        "reference": asked.reference if needs_reference else None,
-        "lora": None if adapter is None else run_directory.plain(adapter.to_dict()),
-        "data": prepared.to_dict(),
-        "config": training_config.recorded(config),
-        "processes": config.world_size,
-        "rewards": _reward_names(asked) if asked.method == "grpo" else None,
-        "layers_counted_from": 0,
-    }
+    reference_kind = asked.reference if needs_reference else None
+    settings = _settings(asked, info, mask, reference_kind, adapter, prepared, config)
     notes = [*prepared.notes, *_stated(asked, mask, adapter is not None, config, needs_reference)]
-    for note in prepared.notes:
-        warnings.warn(note, MelayerWarning, stacklevel=3)
     main = config.process_index == 0
     checkpoint = run_directory.opened(asked.out, settings, resume=asked.resume)
     if checkpoint is not None:
@@ -208,7 +189,7 @@ def run(
         out=str(asked.out),
         model=info,
         mask=mask,
-        reference=asked.reference if needs_reference else None,
+        reference=reference_kind,
         adapter=adapter is not None,
         steps=steps,
         first=logged[0] if logged else {},
@@ -223,6 +204,46 @@ def run(
     if main:
         run_directory.record(asked.out, {"status": "finished", **result.to_dict()})
     return result
+
+
+def _prepared(
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
+    config: Any,
+    row_options: Mapping[str, Any],
+    max_positions: int | None,
+) -> training_data.Prepared:
+    prepared = training_data.prepare(
+        asked.method, data, tokenizer, **row_options, max_length=_longest(config, max_positions), seed=asked.seed
+    )
+    for note in prepared.notes:
+        warnings.warn(note, MelayerWarning, stacklevel=5)
+    return prepared
+
+
+def _settings(
+    asked: Asked,
+    info: ModelInfo,
+    mask: WeMask | None,
+    reference: Reference | None,
+    adapter: Any,
+    prepared: training_data.Prepared,
+    config: Any,
+) -> dict[str, Any]:
+    """All that the figures depend on: what a run records, and is held to when it goes on."""
+    return {
+        "method": asked.method,
+        "model": info.to_dict(),
+        "mask": None if mask is None else asdict(mask),
+        "reference": reference,
+        "lora": None if adapter is None else run_directory.plain(adapter.to_dict()),
+        "data": prepared.to_dict(),
+        "config": training_config.recorded(config),
+        "processes": config.world_size,
+        "rewards": _reward_names(asked) if asked.method == "grpo" else None,
+        "layers_counted_from": 0,
+    }
 
 
 def _evaluated(history: Sequence[Mapping[str, Any]], step: int) -> bool:
