@@ -44,6 +44,7 @@ ORDER = (
     "explain",
     "comparators",
     "rewards",
+    "training_rows",
     "training_data",
     "training_config",
     "checkpoints",

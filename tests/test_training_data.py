@@ -8,7 +8,7 @@ from datasets import Dataset, load_dataset
 
 import toys
 import tuning
-from melayer import training_data
+from melayer import training_data, training_rows
 from melayer.errors import InputError
 from melayer.training_data import prepare, read
 
@@ -267,7 +267,7 @@ def test_what_is_counted_is_what_the_trainer_sees(plain, chat, tmp_path):
     from melayer import training_config
 
     for tokenizer, templated in ((plain, False), (chat, True)):
-        shape = training_data._Shape("sft", tokenizer, templated, None, "")
+        shape = training_rows.Shape("sft", tokenizer, templated, None, "")
         prepared = prepare("sft", tuning.answers(6), tokenizer)
         config = training_config.resolve("sft", {}, out=tmp_path, seed=0, validates=False, max_positions=256)
         from trl import SFTTrainer

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from melayer import adapters, checkpoints, run_directory, training_config, training_data
+from melayer import adapters, checkpoints, run_directory, training_config, training_data, training_rows
 from melayer.errors import InputError, MelayerWarning
 from melayer.lending import lent
 from melayer.mask import WeMask
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from melayer.trainers import Progress, Run
 
-Method = training_data.Method
+Method = training_rows.Method
 Reference = Literal["masked", "plain"]
 Reward = Callable[..., list[float]]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
-    from melayer.training_data import Method
+    from melayer.training_rows import Method
 
 # Options of the trainers that something else decides, and what.
 _OURS = {

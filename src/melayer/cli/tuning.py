@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from melayer.contrast import Measured
     from melayer.mask import WeMask
     from melayer.models import Loaded
-    from melayer.training_data import Method
+    from melayer.training_rows import Method
 
 
 def run_tune(method: Method, model: str, data: str, out: Path, options: TuneOptions, **more: Any) -> None:
