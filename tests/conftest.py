@@ -43,6 +43,15 @@ def demo():
         pytest.skip(str(error))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _data_sets_are_not_kept(tmp_path_factory):
+    """What the tests read is cached for them alone."""
+    place = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(place)  # for those that import it from here on, also in other processes
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_DATASETS_CACHE = place
+
+
 @pytest.fixture(autouse=True)
 def _own_warnings_are_errors():
     from melayer.errors import MelayerWarning

@@ -60,11 +60,18 @@ def test_every_public_name_and_command_is_documented():
         "write_report",
         "evaluate",
         "load_tasks",
+        "sft",
+        "dpo",
+        "grpo",
+        "measure",
+        "contrast",
     ):
         assert f"melayer.{name}(" in documents
     for name in ("SetMassive", "FlatGamma", "CapWrite", "RemoveNeurons"):
         assert f"`{name}" in documents
-    for command in ("locate", "explain", "rigidity", "sinks", "report", "generate", "sweep", "eval", "compare"):
+    for command in (
+        "locate", "explain", "rigidity", "sinks", "report", "generate", "sweep", "eval", "compare", "tune", "contrast",
+    ):  # fmt: skip
         assert f"melayer {command} " in documents
 
 

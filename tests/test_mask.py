@@ -592,3 +592,39 @@ def test_rows_of_the_demo_model(demo):
         for place, row in enumerate(rows):
             difference = batch[place][attention_mask[place].bool()] - logits(demo.model, row, mask)[0]
             assert difference.abs().max() < 1e-3  # the kernels differ by as much with padding and no mask
+
+
+def test_a_fixed_mask_stays_what_it_is_when_weights_change(tmp_path):
+    model = model_of("llama")
+    mask = WeMask(rate=0.25, me_layer=ME)
+    fixed = mask.fixed(model)
+    assert fixed.layers == tuple(range(ME + 1, toys.N_LAYERS))
+    chosen = mask.selected(model)
+    assert fixed.selected(model) == chosen
+    assert torch.equal(logits(model, TEXT, fixed), logits(model, TEXT, mask))
+    with torch.no_grad():
+        for block in toys.blocks(model):
+            block.input_layernorm.weight.copy_(block.input_layernorm.weight.flip(0))
+    assert mask.selected(model) != chosen
+    assert fixed.selected(model) == chosen
+    fixed.save(tmp_path)
+    assert WeMask.load(tmp_path) == fixed
+    # What is chosen by token, or by nothing, keeps being so.
+    assert WeMask(selector="activation", me_layer=ME).fixed(model).by_layer is None
+    assert WeMask(strength=0, me_layer=ME).fixed(model).by_layer is None
+    with pytest.raises(InputError, match="by_layer holds the dimensions of each of layers. Make it with mask.fixed"):
+        WeMask(me_layer=ME, layers=(4, 5), by_layer=((1,),))
+    with pytest.raises(InputError, match="Dimension 99 was given, but the model has 0 to 63"):
+        WeMask(layers=(4,), by_layer=((99,),)).selected(model)
+
+
+def test_a_mask_that_is_off_for_some_calls():
+    model, mask, on = model_of("llama"), mask_of(), []
+    plain, masked = logits(model, [TEXT]), logits(model, [TEXT], mask)
+    with mask.apply(model, when=lambda: bool(on)), torch.no_grad():
+        assert torch.equal(model(torch.tensor([TEXT])).logits, plain)
+        on.append(True)
+        assert torch.equal(model(torch.tensor([TEXT])).logits, masked)
+        on.clear()
+        assert torch.equal(model(torch.tensor([TEXT])).logits, plain)
+    assert not torch.equal(plain, masked)

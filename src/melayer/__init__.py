@@ -15,18 +15,21 @@ from melayer.version import __version__
 if TYPE_CHECKING:
     from melayer.answers import AnswersResult, answers
     from melayer.comparators import CapWrite, FlatGamma, RemoveNeurons, SetMassive
-    from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError
+    from melayer.contrast import ContrastResult, Measured, contrast, measure
+    from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError, TrainingError
     from melayer.evaluate import EvalResult, compare_runs, evaluate, select
     from melayer.explain import ExplainResult, explain
     from melayer.locate import Criterion, LocateResult, locate
     from melayer.mask import WeMask, fixed_prefix
     from melayer.models import Loaded, load
     from melayer.perplexity import PerplexityResult, perplexity
-    from melayer.report import write_eval_report, write_report
+    from melayer.report import write_contrast_report, write_eval_report, write_report, write_tune_report
     from melayer.rigidity import RigidityResult, rigidity
     from melayer.sinks import SinksResult, sinks
     from melayer.sweep import SweepResult, sweep
     from melayer.tasks import load_tasks
+    from melayer.training import TuneResult
+    from melayer.tune import dpo, grpo, sft
 
 _HOMES = {
     "load": "melayer.models",
@@ -57,6 +60,16 @@ _HOMES = {
     "compare_runs": "melayer.evaluate",
     "EvalResult": "melayer.evaluate",
     "load_tasks": "melayer.tasks",
+    "sft": "melayer.tune",
+    "dpo": "melayer.tune",
+    "grpo": "melayer.tune",
+    "TuneResult": "melayer.training",
+    "measure": "melayer.contrast",
+    "Measured": "melayer.contrast",
+    "contrast": "melayer.contrast",
+    "ContrastResult": "melayer.contrast",
+    "write_tune_report": "melayer.report",
+    "write_contrast_report": "melayer.report",
     "write_report": "melayer.report",
     "write_eval_report": "melayer.report",
     "MelayerError": "melayer.errors",
@@ -64,12 +77,14 @@ _HOMES = {
     "ArchitectureError": "melayer.errors",
     "InputError": "melayer.errors",
     "OutputError": "melayer.errors",
+    "TrainingError": "melayer.errors",
 }
 
 __all__ = [
     "AnswersResult",
     "ArchitectureError",
     "CapWrite",
+    "ContrastResult",
     "Criterion",
     "EvalResult",
     "ExplainResult",
@@ -77,6 +92,7 @@ __all__ = [
     "InputError",
     "Loaded",
     "LocateResult",
+    "Measured",
     "MelayerError",
     "ModelError",
     "OutputError",
@@ -86,23 +102,32 @@ __all__ = [
     "SetMassive",
     "SinksResult",
     "SweepResult",
+    "TrainingError",
+    "TuneResult",
     "WeMask",
     "__version__",
     "answers",
     "compare_runs",
+    "contrast",
+    "dpo",
     "evaluate",
     "explain",
     "fixed_prefix",
+    "grpo",
     "load",
     "load_tasks",
     "locate",
+    "measure",
     "perplexity",
     "rigidity",
     "select",
+    "sft",
     "sinks",
     "sweep",
+    "write_contrast_report",
     "write_eval_report",
     "write_report",
+    "write_tune_report",
 ]
 
 

@@ -25,5 +25,9 @@ class OutputError(MelayerError):
     """A result cannot be written where it was asked for."""
 
 
+class TrainingError(MelayerError):
+    """Training cannot go on; what was kept until then is good."""
+
+
 class MelayerWarning(UserWarning):
     """Something that does not make the answer wrong, but that its reader has to know."""

@@ -7,9 +7,9 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -98,6 +98,9 @@ class WeMask:
     massive_above: float | None = None
     """A constant for each model, so that no token depends on those beside or behind it."""
     made_for: MadeFor | None = None
+    by_layer: tuple[tuple[int, ...], ...] | None = None
+    """For each of `layers`, in order, the dimensions that `selector` chose once: see `fixed`. None: chosen from the
+    weights at hand."""
 
     def __post_init__(self) -> None:
         """Checks what can be checked without a model."""
@@ -111,6 +114,11 @@ class WeMask:
                 object.__setattr__(self, name, tuple(sorted({int(item) for item in given})))
         if (self.dims is not None) != (self.selector == "dims"):
             raise InputError("dims and selector='dims' go together: give both, or neither.")
+        if self.by_layer is not None:
+            rows = tuple(tuple(int(dim) for dim in row) for row in self.by_layer)
+            object.__setattr__(self, "by_layer", rows)
+            if self.layers is None or len(rows) != len(self.layers) or self.selector.startswith("activation"):
+                raise InputError("by_layer holds the dimensions of each of layers. Make it with mask.fixed(model).")
         if self.layers is None and self.me_layer is None:
             raise InputError(
                 "The mask has no layers. Give layers=range(first, last + 1), or make it with "
@@ -146,7 +154,13 @@ class WeMask:
         return cls(**{**found, **options})
 
     @contextmanager
-    def apply(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> Iterator[None]:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        *,
+        parts: Mapping[str, str] | None = None,
+        when: Callable[[], bool] | None = None,
+    ) -> Iterator[None]:
         """Every forward pass, `generate` and training step inside the context runs under the mask.
 
         The weights are never touched, and the hooks are gone afterwards, also after an exception.
@@ -154,6 +168,7 @@ class WeMask:
         Args:
             model: A causal language model from transformers, also wrapped by PEFT.
             parts: Names of parts that `architecture.read` does not find by itself.
+            when: Asked at each call of the model; where it says no, that call runs without the mask.
 
         Raises:
             InputError: The mask does not fit the model, another one is applied already, or the model is compiled.
@@ -169,7 +184,7 @@ class WeMask:
             stack.enter_context(claimed(decoder))
             # Rate 0 and strength 0 change nothing: no hook is the surest way to leave every bit as it is.
             if masking.count and self.strength:
-                stack.enter_context(Applied(masking, decoder).hooked())
+                stack.enter_context(Applied(masking, decoder, when).hooked())
             yield
 
     def attach(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> None:
@@ -185,6 +200,23 @@ class WeMask:
         """
         if not detach(model):
             raise InputError("No mask is attached to this model. One applied by `with` ends with its block.")
+
+    def fixed(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> WeMask:
+        """The same mask with its blocks and dimensions written down, so that it stays what it is when weights change.
+
+        `weight` ranks by gamma, and training changes gamma: without this, a mask would choose other dimensions
+        afterwards than the model was trained with. The activation selectors choose by token and keep doing so.
+
+        Raises:
+            InputError: The mask does not fit the model.
+        """
+        decoder = architecture.read(model, parts=parts)
+        masking = self._masking(decoder)
+        layers = tuple(masking.blocks)
+        if not masking.keeps or not self.strength:
+            return replace(self, layers=layers)
+        rows = tuple(tuple(masking.keeps[at].lt(1).nonzero().flatten().tolist()) for at in layers)
+        return replace(self, layers=layers, by_layer=rows)
 
     def selected(self, model: PreTrainedModel) -> dict[int, tuple[int, ...]]:
         """For each masked block its masked dimensions; empty for the activation selectors, which choose by token.
@@ -314,7 +346,7 @@ class WeMask:
     def _check(self, decoder: Decoder) -> None:
         if self.made_for is not None:
             self.made_for.check(decoder)
-        for dim in self.dims or ():
+        for dim in {*(self.dims or ()), *(dim for row in self.by_layer or () for dim in row)}:
             if not 0 <= dim < decoder.d_model:
                 raise InputError(f"Dimension {dim} was given, but the model has 0 to {decoder.d_model - 1}.")
         at = self.me_layer
@@ -339,7 +371,9 @@ class WeMask:
         return {layer: decoder.blocks[layer] for layer in self.layers}
 
     def _keep(self, block: Block, d_model: int, count: int) -> torch.Tensor:
-        if self.selector == "dims":
+        if self.by_layer is not None and self.layers is not None:
+            chosen = torch.tensor(self.by_layer[self.layers.index(block.layer)], dtype=torch.long)
+        elif self.selector == "dims":
             chosen = torch.tensor(self.dims, dtype=torch.long)
         elif self.selector == "random":
             drawn = np.random.default_rng([self.seed, block.layer]).permutation(d_model)[:count]

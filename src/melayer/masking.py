@@ -126,6 +126,8 @@ class Applied:
 
     masking: Masking
     decoder: Decoder
+    when: Callable[[], bool] | None = None
+    """Asked at each call of the model; where it says no, that call runs without the mask."""
     signature: inspect.Signature = field(init=False)
     """Of what runs the blocks: read once, since decoding calls it for every token."""
     call: _Call | None = None
@@ -154,6 +156,9 @@ class Applied:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the model begins: find its first tokens, once for all blocks."""
+        if self.when is not None and not self.when():
+            self.call = None
+            return
         given = self.signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         tokens = given.get("input_ids")
@@ -177,8 +182,9 @@ class Applied:
     def _recognise(self, hidden: torch.Tensor) -> None:
         """At the ME layer's output: which tokens are massive, or whether those that are masked are."""
         call, above = self.call, self.masking.massive_above
-        assert call is not None
         assert above is not None
+        if call is None:
+            return
         if self.masking.target == "massive":
             flags = hidden.detach().abs().amax(dim=-1).float() > above
             call.flags = flags if call.at.real is None else flags & call.at.real.to(flags.device)

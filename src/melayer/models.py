@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from melayer import gguf_cache
+from melayer import adapters, gguf_cache
 from melayer.errors import MelayerWarning, ModelError
+from melayer.provenance import fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +63,11 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     mask: bool = True,
+    base: str | None = None,
 ) -> Loaded:
     """The model and the tokenizer that `name` stands for, ready to run.
+
+    A directory with an adapter stands for the model that it was trained on, with the adapter merged into its weights.
 
     A mask that was saved with the model is applied to it for good: WeMask.detach(model) takes it off.
 
@@ -76,6 +80,7 @@ def load(
         trust_remote_code: Run the modelling code that comes with the checkpoint.
         revision: Branch, tag or commit on the hub.
         mask: Apply the mask that was saved with the model, where there is one.
+        base: The model that an adapter belongs to, where it is not to be had under the name it had in training.
 
     Raises:
         InputError: The saved mask is corrupt, or does not fit the model.
@@ -87,6 +92,13 @@ def load(
     Example:
         >>> model, tokenizer, mask = melayer.load("demo")  # doctest: +SKIP
     """
+    adapter = adapters.find(name)
+    if adapter is not None:
+        options = {"dtype": dtype, "device": device, "device_map": device_map, "allow_pickle": allow_pickle}
+        options |= {"trust_remote_code": trust_remote_code, "revision": revision}
+        return _with_adapter(name, adapter, base, mask, options)
+    if base is not None:
+        raise ModelError(f"A base was given ({base}), but {name} is no directory with an adapter. Leave it out.")
     source = find(name)
     target = None if device_map is not None else _device(device)
     if source.is_local:
@@ -101,7 +113,27 @@ def load(
     return Loaded(model, tokenizer, _saved_mask(source, model, revision) if mask else None)
 
 
-def _saved_mask(source: Source, model: PreTrainedModel, revision: str | None) -> WeMask | None:
+def _with_adapter(
+    name: str, adapter: adapters.Adapter, base: str | None, mask: bool, options: dict[str, Any]
+) -> Loaded:
+    """The adapter's base with the adapter merged, its tokenizer and its mask."""
+    under = base or adapter.base
+    if under is None:
+        raise ModelError(f"The adapter in {name} does not say what it was trained on. Name it with base= (--base).")
+    try:
+        loaded = load(under, mask=False, **options)
+    except ModelError as error:
+        raise ModelError(
+            f"{name} holds an adapter for {under}, which cannot be loaded: {error} Name its place with base= (--base)."
+        ) from error
+    model = adapters.merged(loaded.model, adapter, under).eval()
+    source = Source(name, str(adapter.directory))
+    own = (adapter.directory / "tokenizer_config.json").is_file()
+    tokenizer = _read_tokenizer(source, {}) if own else loaded.tokenizer
+    return Loaded(model, tokenizer, _saved_mask(source, model, None, merged=True) if mask else None)
+
+
+def _saved_mask(source: Source, model: PreTrainedModel, revision: str | None, *, merged: bool = False) -> WeMask | None:
     """The mask beside the weights, applied."""
     from transformers.utils import cached_file
 
@@ -121,6 +153,9 @@ def _saved_mask(source: Source, model: PreTrainedModel, revision: str | None) ->
     if found is None:
         return None
     mask = WeMask.load(Path(found).parent)
+    if merged and mask.made_for is not None:
+        # It was made for the base, whose weights were held to the adapter's record before they were merged.
+        mask = replace(mask, made_for=replace(mask.made_for, fingerprint=fingerprint(model)))
     mask.attach(model)
     warnings.warn(
         f"The mask saved with {source.name} is applied ({mask.selector} {mask.rate:g}, strength {mask.strength:g}). "
@@ -344,6 +379,10 @@ def weight_hashes(model: PreTrainedModel, name: str) -> dict[str, str]:
         model: As `load` returned it.
         name: As it was given to `load`; a GGUF file is hashed as it came, not as it was converted.
     """
+    adapter = adapters.find(name)
+    if adapter is not None:
+        own = {file.name: gguf_cache.sha256_of(file) for file in sorted(adapter.directory.glob("*.safetensors"))}
+        return own if adapter.base is None else {**own, **weight_hashes(model, adapter.base)}
     source = find(name)
     if source.gguf_sha256 is not None:
         file = demo_file() if name == "demo" else Path(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 from rich.console import Console
 
-from melayer.cli.options import Options, flat
+from melayer.cli.options import Options, TuneOptions, blocks_of, flat, resolved
 from melayer.cli.session import load, progress, session, stderr
 from melayer.errors import InputError, MelayerError
 from melayer.version import __version__
@@ -98,7 +97,7 @@ def explain_command(
     """
     with session(options.output.debug):
         given = {**options.arguments(), "max_tokens": max_tokens, "seeds": seeds, "top": top, "max_texts": max_texts}
-        blocks = _blocks("--layers", layers)
+        blocks = blocks_of("--layers", layers)
         from melayer.explain import explain
         from melayer.terminal import show_explain
 
@@ -178,7 +177,7 @@ def sweep_command(
     Example: [bold]melayer sweep demo --rates 0,0.5,1 --selectors weight,random --out demo-sweep[/]
     """
     with session(options.output.debug):
-        shared, blocks = options.arguments(), _blocks("--layers", layers)
+        shared, blocks = options.arguments(), blocks_of("--layers", layers)
         grid: dict[str, Any] = {"rates": _rates(rates), "selectors": _items(selectors)}
         from melayer.report import check_writable, write_report
         from melayer.sweep import FILE, check_grid, sweep
@@ -189,7 +188,7 @@ def sweep_command(
             check_writable(out)
         loaded = load(model, options.model.loading())
         given: dict[str, Any] = {**shared, **grid, "strength": strength, "seed": seed, "T": T, "epsilon": epsilon}
-        given |= {"layers": _resolved(blocks, loaded, shared["parts"]), "resume": None if out is None else out / FILE}
+        given |= {"layers": resolved(blocks, loaded, shared["parts"]), "resume": None if out is None else out / FILE}
         with progress("Sweeping") as part:
             result = sweep(loaded.model, loaded.tokenizer, **given, name=model, progress=part(0))
         written = None
@@ -287,7 +286,7 @@ def generate_command(
     Example: [bold]melayer generate demo --prompt "Why is the sky blue?" --mask-rate 0.5[/]
     """
     with session(options.output.debug):
-        shared, blocks = options.arguments(), _blocks("--layers", layers)
+        shared, blocks = options.arguments(), blocks_of("--layers", layers)
         from melayer.answers import answers
         from melayer.mask import WeMask
         from melayer.terminal import live_answers, show_answers
@@ -298,14 +297,14 @@ def generate_command(
         WeMask(**{**fields, "me_layer": 0, "massive_above": 0.0})
         loaded = load(model, options.model.loading())
         if blocks is not None and positions == "first":
-            mask = WeMask(**fields, layers=tuple(_resolved(blocks, loaded, shared["parts"]) or ()))
+            mask = WeMask(**fields, layers=tuple(resolved(blocks, loaded, shared["parts"]) or ()))
         else:
             from melayer.locate import locate
 
             with progress("Locating") as part:
                 located = locate(loaded.model, loaded.tokenizer, **shared, name=model, progress=part(0))
             if blocks is not None:
-                fields["layers"] = tuple(_resolved(blocks, loaded, shared["parts"]) or ())
+                fields["layers"] = tuple(resolved(blocks, loaded, shared["parts"]) or ())
             mask = WeMask.from_located(located, **fields)
         asked: dict[str, Any] = {
             "mask": mask,
@@ -427,9 +426,98 @@ def compare_command(
         run_compare(first, second, as_json=as_json, out=out)
 
 
+@app.command("contrast")
+@flat
+def contrast_command(
+    before: Annotated[str, typer.Argument(help="A model, as for the other commands.", show_default=False)],
+    after: Annotated[str, typer.Argument(help="Another, e.g. what `tune` made of it.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Directory for a page.")] = None,
+    T: Annotated[int, typer.Option("--T", "-T", help="Tokens in each sequence for the sinks.")] = 64,
+    epsilon: Annotated[float, typer.Option(help="A head is a sink head where a key draws more than this.")] = 0.3,
+    n_first_tokens: Annotated[int, typer.Option(help="Different first tokens to compare.")] = 64,
+    *,
+    options: Options,
+) -> None:
+    """Locate, rigidity and sinks of two models on the same texts: what training has moved.
+
+    Example: [bold]melayer contrast demo tuned --out demo-contrast[/]
+    """
+    with session(options.output.debug):
+        from melayer.cli.tuning import run_contrast
+
+        run_contrast(
+            before, after, options, out=out, given={"T": T, "epsilon": epsilon, "n_first_tokens": n_first_tokens}
+        )
+
+
 def main() -> None:
     """The entry point of the `melayer` command."""
     app()
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+tune_app = typer.Typer(
+    help="Fine-tune with the mask on, wherever the policy runs: SFT, DPO, GRPO.", no_args_is_help=True
+)
+app.add_typer(tune_app, name="tune")
+
+Data = Annotated[
+    str, typer.Option("--data", help="A .jsonl, .json, .parquet or .csv file (.gz), or a hub id.", show_default=False)
+]
+Out = Annotated[Path, typer.Option("--out", help="Directory for the model and its record.", show_default=False)]
+ReferenceOption = Annotated[str, typer.Option("--reference", help="masked: as the policy is; plain: without the mask.")]
+
+
+@tune_app.command("sft")
+@flat
+def sft_command(model: Model, data: Data, out: Out, *, options: TuneOptions) -> None:
+    """Learn from answers, chats or texts.
+
+    Example: [bold]melayer tune sft demo --data train.jsonl --out tuned --mask-rate 0.3 --steps 30[/]
+    """
+    with session(options.output.debug):
+        from melayer.cli.tuning import run_tune
+
+        run_tune("sft", model, data, out, options)
+
+
+@tune_app.command("dpo")
+@flat
+def dpo_command(
+    model: Model, data: Data, out: Out, reference: ReferenceOption = "masked", *, options: TuneOptions
+) -> None:
+    """Learn from pairs of a chosen and a rejected answer.
+
+    Example: [bold]melayer tune dpo demo --data pairs.jsonl --out tuned --mask-rate 0.3 --lora[/]
+    """
+    with session(options.output.debug):
+        from melayer.cli.tuning import run_tune
+
+        run_tune("dpo", model, data, out, options, reference=reference)
+
+
+@tune_app.command("grpo")
+@flat
+def grpo_command(
+    model: Model,
+    data: Data,
+    out: Out,
+    reference: ReferenceOption = "masked",
+    instruction: Annotated[
+        str | None, typer.Option(help="What each prompt ends with; default: to answer after ####.")
+    ] = None,
+    *,
+    options: TuneOptions,
+) -> None:
+    """Learn from the policy's own answers to problems whose answer can be checked.
+
+    Example: [bold]melayer tune grpo demo --data gsm8k.jsonl --out tuned --mask-rate 0.3 --steps 10[/]
+    """
+    with session(options.output.debug):
+        from melayer.cli.tuning import run_tune
+
+        run_tune("grpo", model, data, out, options, reference=reference, instruction=instruction)
 
 
 # --- what the commands share --------------------------------------------------------------------------------------
@@ -451,7 +539,7 @@ def _measure(
     """Load, measure under a bar, print."""
     loaded = load(model, options.model.loading())
     if blocks is not None:
-        given = {**given, "layers": _resolved(blocks, loaded, given["parts"])}
+        given = {**given, "layers": resolved(blocks, loaded, given["parts"])}
     with progress(title) as part:
         result = measurement(loaded.model, loaded.tokenizer, name=model, progress=part(0), **given)
     if options.output.as_json:
@@ -522,41 +610,3 @@ def _rates(given: str) -> list[float]:
             rates += [round(first + step * number, 10) for number in range(1, count)]
         rates.append(rate)
     return rates
-
-
-def _blocks(option: str, given: str | None) -> list[range] | None:
-    """The blocks that `2,9-11,20-` names; the last one goes on to the end, wherever that is."""
-    if given is None:
-        return None
-    found = []
-    for item in given.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:([-:])\s*(\d*)\s*)?", item)
-        if match is None or (match[2] == ":" and match[3]):
-            raise InputError(
-                f"{option} {given!r} was given; expected blocks counted from 0, for example 11 or 2,9-11 or 12-."
-            )
-        first = int(match[1])
-        last = first if match[2] is None else int(match[3]) if match[3] else sys.maxsize - 1
-        if last < first:
-            raise InputError(f"{option} {given!r} goes from {first} down to {last}. Give the smaller block first.")
-        found.append(range(first, last + 1))
-    return found
-
-
-def _resolved(blocks: list[range] | None, loaded: Loaded, parts: dict[str, str]) -> list[int] | None:
-    """The numbers of the blocks, now that the model says how many it has."""
-    if blocks is None:
-        return None
-    from melayer import architecture
-
-    n_layers = architecture.read(loaded.model, parts=parts).n_layers
-    layers: list[int] = []
-    for span in blocks:
-        last = n_layers - 1 if span.stop == sys.maxsize else span.stop - 1
-        if max(last, span.start) >= n_layers:
-            raise InputError(
-                f"Layer {max(last, span.start)} was asked for, but the model has blocks 0 to {n_layers - 1}. "
-                "Give layers in that range, counted from 0."
-            )
-        layers += range(span.start, last + 1)
-    return layers

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from melayer.errors import InputError
+
+if TYPE_CHECKING:
+    from melayer.models import Loaded
 
 
 class DType(str, Enum):
@@ -25,6 +31,7 @@ class DType(str, Enum):
 
 
 _MODEL, _TEXTS, _CRITERION = "Model", "Texts", "Criterion"
+_ROWS, _MASK, _TRAINING = "Rows", "Mask", "Training"
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,10 @@ class ModelOptions:
         bool,
         typer.Option("--mask/--no-mask", help="Apply the mask saved with the model, if any.", rich_help_panel=_MODEL),
     ] = True
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model of an adapter that is not where it was trained.", rich_help_panel=_MODEL),
+    ] = None
     part: Annotated[
         list[str] | None,
         typer.Option(help="Name a part that is not found, e.g. ffn=feed_forward.", rich_help_panel=_MODEL),
@@ -150,8 +161,132 @@ class Options:
         return {**self.texts.arguments(), **self.criterion.arguments(), **self.model.arguments()}
 
 
+@dataclass(frozen=True)
+class RowOptions:
+    """What to train on."""
+
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Which column is which, e.g. prompt=question,response=answer.", rich_help_panel=_ROWS),
+    ] = None
+    validation: Annotated[
+        str | None, typer.Option(help="A share of the rows, e.g. 0.05, or a file.", rich_help_panel=_ROWS)
+    ] = None
+    rows: Annotated[int | None, typer.Option(min=1, help="Take only the first rows.", rich_help_panel=_ROWS)] = None
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Chat template; default: where there is one.", rich_help_panel=_ROWS),
+    ] = None
+    system: Annotated[str | None, typer.Option(help="A system prompt.", rich_help_panel=_ROWS)] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `sft`, `dpo` and `grpo`."""
+        columns = {}
+        for item in filter(None, (self.columns or "").split(",")):
+            role, equals, column = item.strip().partition("=")
+            if not (role and equals and column):
+                raise InputError(f"--columns {item!r} was given; expected e.g. prompt=question,response=answer.")
+            columns[role] = column
+        validation: str | float | None = self.validation
+        if validation is not None:
+            with contextlib.suppress(ValueError):  # a file
+                validation = float(validation)
+        return {
+            "columns": columns or None,
+            "validation": validation,
+            "limit": self.rows,
+            "chat": self.chat,
+            "system": self.system,
+        }
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """What is masked while it trains."""
+
+    mask_rate: Annotated[
+        float | None,
+        typer.Option(help="The share of the dimensions to mask; default: no mask.", rich_help_panel=_MASK),
+    ] = None
+    strength: Annotated[
+        float, typer.Option(help="How much of a masked entry is taken away.", rich_help_panel=_MASK)
+    ] = 1.0
+    selector: Annotated[
+        str,
+        typer.Option(help="weight, weight-low, activation, activation-low or random.", rich_help_panel=_MASK),
+    ] = "weight"
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Masked blocks, e.g. 12- or 12,14-20; default: all after the ME layer.", rich_help_panel=_MASK
+        ),
+    ] = None
+    positions: Annotated[str, typer.Option(help="first tokens, or all massive ones.", rich_help_panel=_MASK)] = "first"
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train."""
+
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimiser steps; default: the trainer's epochs.", rich_help_panel=_TRAINING),
+    ] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Default: the trainer's.", rich_help_panel=_TRAINING)] = (
+        None
+    )
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows at once on each device.", rich_help_panel=_TRAINING)
+    ] = None
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train an adapter, not all weights.", rich_help_panel=_TRAINING)
+    ] = False
+    lora_rank: Annotated[int, typer.Option(min=1, help="Of the adapter.", rich_help_panel=_TRAINING)] = 16
+    lora_alpha: Annotated[int, typer.Option(min=1, help="Its scale is alpha / rank.", rich_help_panel=_TRAINING)] = 32
+    lora_targets: Annotated[str, typer.Option(help="Modules, e.g. q_proj,v_proj.", rich_help_panel=_TRAINING)] = (
+        "all-linear"
+    )
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML with any option of TRL's SFTConfig, DPOConfig or GRPOConfig.", rich_help_panel=_TRAINING
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.", rich_help_panel=_TRAINING)] = 0
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.", rich_help_panel=_TRAINING)
+    ] = False
+
+    def adapter(self) -> bool | dict[str, Any]:
+        """The argument `lora`."""
+        if not self.lora:
+            return False
+        targets: str | list[str] = self.lora_targets
+        if targets != "all-linear":
+            targets = [name.strip() for name in self.lora_targets.split(",") if name.strip()]
+        return {"r": self.lora_rank, "lora_alpha": self.lora_alpha, "target_modules": targets}
+
+    def overrides(self) -> dict[str, Any]:
+        """What the command line says of the trainer's options, over what the file says."""
+        said = {
+            "max_steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "per_device_train_batch_size": self.batch_size,
+        }
+        return {key: value for key, value in said.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class TuneOptions(Options):
+    """What `tune` takes beside what every measurement takes."""
+
+    rows: RowOptions = field(default_factory=RowOptions)
+    masking: MaskOptions = field(default_factory=MaskOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+
 def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the fields of its `options: Options` as options of its own: typer knows no groups."""
+    """The command with the fields of its `options` as options of its own: typer knows no groups."""
     signature = inspect.signature(command)
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -159,7 +294,8 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         for parameter in signature.parameters.values()
         if parameter.name != "options"
     ]
-    groups: dict[str, type[Any]] = get_type_hints(Options)
+    container: type[Options] = hints["options"]
+    groups: dict[str, type[Any]] = get_type_hints(container)
     shared = [
         inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation)
         for kind in groups.values()
@@ -171,10 +307,51 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         made: dict[str, Any] = {
             name: kind(**{item.name: given.pop(item.name) for item in fields(kind)}) for name, kind in groups.items()
         }
-        command(**given, options=Options(**made))
+        command(**given, options=container(**made))
 
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     parameters = [*keyword, *shared]
     flattened.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flattened
+
+
+# --- blocks -------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(option: str, given: str | None) -> list[range] | None:
+    """The blocks that `2,9-11,20-` names; the last one goes on to the end, wherever that is."""
+    if given is None:
+        return None
+    found = []
+    for item in given.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:([-:])\s*(\d*)\s*)?", item)
+        if match is None or (match[2] == ":" and match[3]):
+            raise InputError(
+                f"{option} {given!r} was given; expected blocks counted from 0, for example 11 or 2,9-11 or 12-."
+            )
+        first = int(match[1])
+        last = first if match[2] is None else int(match[3]) if match[3] else sys.maxsize - 1
+        if last < first:
+            raise InputError(f"{option} {given!r} goes from {first} down to {last}. Give the smaller block first.")
+        found.append(range(first, last + 1))
+    return found
+
+
+def resolved(blocks: list[range] | None, loaded: Loaded, parts: dict[str, str]) -> list[int] | None:
+    """The numbers of the blocks, now that the model says how many it has."""
+    if blocks is None:
+        return None
+    from melayer import architecture
+
+    n_layers = architecture.read(loaded.model, parts=parts).n_layers
+    layers: list[int] = []
+    for span in blocks:
+        last = n_layers - 1 if span.stop == sys.maxsize else span.stop - 1
+        if max(last, span.start) >= n_layers:
+            raise InputError(
+                f"Layer {max(last, span.start)} was asked for, but the model has blocks 0 to {n_layers - 1}. "
+                "Give layers in that range, counted from 0."
+            )
+        layers += range(span.start, last + 1)
+    return layers

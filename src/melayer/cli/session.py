@@ -17,7 +17,8 @@ from melayer.errors import MelayerError, MelayerWarning
 if TYPE_CHECKING:
     from melayer.models import Loaded
 
-Advance = Callable[[int, int], None]
+Advance = Callable[..., None]
+"""Called with what is done, what there is in all, and for some a note to show beside the bar."""
 
 
 def stderr() -> Console:
@@ -78,21 +79,21 @@ def progress(*titles: str, unit: str = "tokens") -> Iterator[Callable[[int], Adv
         TaskProgressColumn(),
         TextColumn(f"{{task.fields[rate]}} {unit}/s,"),
         TimeRemainingColumn(),
-        TextColumn("left"),
+        TextColumn("left{task.fields[note]}"),
     )
     console = stderr()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(titles[0], total=len(titles), rate="-")
+        task = bar.add_task(titles[0], total=len(titles), rate="-", note="")
 
         def part(place: int) -> Advance:
             title = titles[place] if len(titles) == 1 else f"{titles[place]} ({place + 1} of {len(titles)})"
             bar.update(task, description=title, completed=place)
             started = bar.get_time()
 
-            def advance(done: int, total: int) -> None:
+            def advance(done: int, total: int, note: str = "") -> None:
                 elapsed = bar.get_time() - started
-                rate = f"{done / elapsed:,.0f}" if elapsed > 0 else "-"
-                bar.update(task, completed=place + done / total, rate=rate)
+                rate = f"{done / elapsed:,.{0 if done > 10 * elapsed else 2}f}" if elapsed > 0 else "-"
+                bar.update(task, completed=place + done / total, rate=rate, note=note and f", {note}")
 
             return advance
 

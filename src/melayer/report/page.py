@@ -15,6 +15,7 @@ from melayer.errors import InputError, OutputError
 from melayer.explain import ExplainResult
 from melayer.locate import LocateResult
 from melayer.provenance import versions
+from melayer.report.contrast import section as contrast_section
 from melayer.report.evaluate import section as evaluate_section
 from melayer.report.explain import section as explain_section
 from melayer.report.locate import section as locate_section
@@ -22,13 +23,17 @@ from melayer.report.rigidity import section as rigidity_section
 from melayer.report.sections import Plot, Section
 from melayer.report.sinks import section as sinks_section
 from melayer.report.sweep import section as sweep_section
+from melayer.report.tune import section as tune_section
 from melayer.rigidity import RigidityResult
+from melayer.run_directory import plain
 from melayer.sinks import SinksResult
 from melayer.sweep import SweepResult
 from melayer.version import __version__
 
 if TYPE_CHECKING:
+    from melayer.contrast import ContrastResult
     from melayer.evaluate import EvalResult
+    from melayer.training import TuneResult
 
 _TITLES = {"explain": "Why it is there", "rigidity": "What it makes rigid", "sinks": "What attention does with it"}
 
@@ -164,6 +169,77 @@ def write_eval_report(result: EvalResult, out: str | Path, *, command: str | Non
     page = render([evaluate_section(result)], name, result.notes, facts)
     values = {"melayer_version": __version__, "provenance": {"date": date, "command": command}}
     return _write(out, page, values | {"evaluation": result.to_dict()})
+
+
+def write_tune_report(
+    result: TuneResult, history: Sequence[Mapping[str, Any]], *, command: str | None = None
+) -> Written:
+    """Writes a training run's `report.html` and `report.json` into its directory; each appears whole or not at all.
+
+    Args:
+        result: What `sft`, `dpo` or `grpo` did.
+        history: The lines of its log.
+        command: The command that made it, for its provenance.
+
+    Raises:
+        OutputError: The directory cannot be written.
+    """
+    out = Path(result.out)
+    check_writable(out)
+    model, data = result.model, result.settings["data"]
+    mask = "none"
+    if result.mask is not None:
+        layers = result.mask.layers or ()
+        mask = f"{result.mask.selector} {result.mask.rate:g}, strength {result.mask.strength:g}, blocks "
+        mask += ", ".join(map(str, layers))
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = [
+        ("Model that training began with", f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}"),
+        ("Mask", mask),
+        ("Reference", result.reference or "none"),
+        ("Trained", "a LoRA adapter" if result.adapter else "all weights"),
+        ("Data", f"{data['source']}: {data['rows']} rows, sha256 {data['sha256'][:12]}"),
+        ("Versions", ", ".join(f"{what} {number}" for what, number in result.versions.items())),
+        ("Made", date),
+    ]
+    if command:
+        facts.append(("Command", command))
+    page = render([tune_section(result, history)], f"{result.method} on {model.name}", result.notes, facts)
+    values = {"melayer_version": __version__, "provenance": {"date": date, "command": command}}
+    return _write(out, page, {**values, "tune": plain(result.to_dict()), "log": list(history)})
+
+
+def write_contrast_report(result: ContrastResult, out: str | Path, *, command: str | None = None) -> Written:
+    """Writes a comparison's `report.html` and `report.json` into `out`; each appears whole or not at all.
+
+    Args:
+        result: What `contrast` found.
+        out: A directory; made if it is missing.
+        command: The command that made it, for its provenance.
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = [
+        (side, f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}")
+        for side, model in (("Before", result.before.located.model), ("After", result.after.located.model))
+    ]
+    located = result.before.located
+    facts += [
+        ("Texts", f"{located.settings['texts']}: {located.settings['n_sequences']} texts, the same for both"),
+        ("Sinks", f"T = {result.T}"),
+        ("Versions", ", ".join(f"{what} {number}" for what, number in versions().items())),
+        ("Made", date),
+    ]
+    if command:
+        facts.append(("Command", command))
+    name = f"{result.before.located.model.name} and {result.after.located.model.name}"
+    page = render([contrast_section(result)], name, result.notes, facts)
+    values = {"melayer_version": __version__, "provenance": {"date": date, "command": command}}
+    return _write(out, page, values | {"contrast": result.to_dict()})
 
 
 def _write(out: Path, page: str, values: dict[str, Any]) -> Written:

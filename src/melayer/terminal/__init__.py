@@ -1,20 +1,24 @@
 """Results as tables for a person at a terminal."""
 
 from melayer.terminal.answers import live_answers, show_answers
+from melayer.terminal.contrast import show_contrast
 from melayer.terminal.evaluate import show_eval
 from melayer.terminal.explain import show_explain
 from melayer.terminal.locate import show_locate
 from melayer.terminal.rigidity import show_rigidity
 from melayer.terminal.sinks import show_sinks
 from melayer.terminal.sweep import show_sweep
+from melayer.terminal.tune import show_tune
 
 __all__ = [
     "live_answers",
     "show_answers",
+    "show_contrast",
     "show_eval",
     "show_explain",
     "show_locate",
     "show_rigidity",
     "show_sinks",
     "show_sweep",
+    "show_tune",
 ]
