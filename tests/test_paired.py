@@ -97,6 +97,10 @@ def test_a_real_difference_is_found_and_put_in_words():
     assert "no difference shown (+0.0 points" in none.sentence()
     assert "the data rule out a gain of more than" in none.sentence()
     assert compare(base, base).sentence().endswith("no item differs.")
+    # Four wins in two hundred: the interval leaves out 0, the exact test does not call it a difference.
+    few = compare([0] * 200, [1] * 4 + [0] * 196).sentence()
+    assert "no difference shown (+2.0 points, 95% interval 0.5 to 4.0, p 0.12)" in few
+    assert few.endswith("the data rule out a gain of more than 4.0 points.")
     assert compare(base, base).p == 1.0
 
 

@@ -87,9 +87,14 @@ class Comparison:
             return f"{start}a gain of {size}, {interval}."
         if self.shown:
             return f"{start}a loss of {size}, {interval}."
+        ruled_out = []
+        if high >= 0:
+            ruled_out.append(f"a gain of more than {high:.1f} {unit}")
+        if low <= 0:
+            ruled_out.append(f"a loss of more than {-low + 0.0:.1f} {unit}")
         return (
-            f"{start}no difference shown ({gain:+.1f} {unit}, {interval}); the data rule out a gain of more than "
-            f"{max(high, 0.0):.1f} {unit} and a loss of more than {max(-low, 0.0):.1f}."
+            f"{start}no difference shown ({gain:+.1f} {unit}, {interval}, p {self.adjusted:.2g}); the data rule out "
+            f"{' and '.join(ruled_out)}."
         )
 
     @property
