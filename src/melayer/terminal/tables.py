@@ -8,7 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-WRAPPED = "begins"  # the column that gives way where the terminal is narrow
+# The columns that give way where the terminal is narrow.
+WRAPPED = frozenset({"begins", "metric", "variant"})
 
 
 def table(title: str, columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[Any]]) -> Table:
@@ -22,7 +23,7 @@ def table(title: str, columns: Iterable[tuple[str, bool]], rows: Iterable[Iterab
             justify="right" if numeric else "left",
             min_width=width,
             overflow="fold",
-            no_wrap=name != WRAPPED,
+            no_wrap=name not in WRAPPED,
         )
     for row in shown:
         made.add_row(*map(escape, row))
