@@ -180,6 +180,16 @@ def test_other_settings_never_mix(model, benchmarks, tmp_path, options, message)
     assert (tmp_path / FILE).read_bytes() == before
 
 
+def test_an_option_that_is_newer_than_the_store_and_not_set_changes_nothing(model, benchmarks, tmp_path):
+    which = {"mask": variants()["mask"]}
+    run(model, benchmarks[1:2], which, store=tmp_path)
+    head, *rest = (tmp_path / FILE).read_text().splitlines()
+    older = json.loads(head)
+    assert older["eval_of"]["variants"]["mask"].pop("by_layer") is None
+    (tmp_path / FILE).write_text("\n".join([json.dumps(older), *rest]) + "\n")
+    run(model, benchmarks[1:2], which, store=tmp_path, progress=lambda *_: pytest.fail("asked again"))
+
+
 def test_what_is_no_store_is_left_alone(model, benchmarks, tmp_path):
     (tmp_path / FILE).write_text("a diary\nof two lines\n")
     with pytest.raises(InputError, match="holds no evaluation that can be read"):

@@ -115,7 +115,11 @@ class Store:
         differing = sorted(key for key in old | new if old.get(key) != new.get(key))
         for part in ("tasks", "variants"):
             mine = self.settings[part]
-            differing += [f"{part[:-1]} {name}" for name, about in kept[part].items() if mine.get(name, about) != about]
+            differing += [
+                f"{part[:-1]} {name}"
+                for name, about in kept[part].items()
+                if _chosen(mine.get(name, about)) != _chosen(about)
+            ]
         if differing:
             raise InputError(
                 f"{file} holds answers of another run: {', '.join(differing)} "
@@ -163,6 +167,11 @@ def _without_name(shared: Mapping[str, Any]) -> dict[str, Any]:
     """The same weights may lie elsewhere: they are told by their fingerprint."""
     model = {key: value for key, value in shared["model"].items() if key != "name"}
     return {**shared, "model": model}
+
+
+def _chosen(about: Any) -> Any:
+    """What is set in a description: an option that a newer version has, and that is None, changes nothing."""
+    return {key: value for key, value in about.items() if value is not None} if isinstance(about, dict) else about
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
