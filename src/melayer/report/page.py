@@ -161,14 +161,9 @@ def write_eval_report(result: EvalResult, out: str | Path, *, command: str | Non
         versions_of = sorted(set(about["lm_eval_tasks"].values()))
         source = ", ".join(f"{file} {sha[:12]}" for file, sha in about["data_sha256"].items()) or "the hub"
         facts.append((task, f"{about['cite']}; lm-eval task version {', '.join(versions_of)}; items from {source}"))
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts.append(("Made", date))
-    if command:
-        facts.append(("Command", command))
     name = ", ".join(dict.fromkeys(run["model"]["name"] for run in runs.values()))
-    page = render([evaluate_section(result)], name, result.notes, facts)
-    values = {"melayer_version": __version__, "provenance": {"date": date, "command": command}}
-    return _write(out, page, values | {"evaluation": result.to_dict()})
+    values = {"evaluation": result.to_dict()}
+    return _one_section(out, evaluate_section(result), name, result.notes, facts, values, command)
 
 
 def write_tune_report(
@@ -192,7 +187,6 @@ def write_tune_report(
         layers = result.mask.layers or ()
         mask = f"{result.mask.selector} {result.mask.rate:g}, strength {result.mask.strength:g}, blocks "
         mask += ", ".join(map(str, layers))
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     facts = [
         ("Model that training began with", f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}"),
         ("Mask", mask),
@@ -200,13 +194,9 @@ def write_tune_report(
         ("Trained", "a LoRA adapter" if result.adapter else "all weights"),
         ("Data", f"{data['source']}: {data['rows']} rows, sha256 {data['sha256'][:12]}"),
         ("Versions", ", ".join(f"{what} {number}" for what, number in result.versions.items())),
-        ("Made", date),
     ]
-    if command:
-        facts.append(("Command", command))
-    page = render([tune_section(result, history)], f"{result.method} on {model.name}", result.notes, facts)
-    values = {"melayer_version": __version__, "provenance": {"date": date, "command": command}}
-    return _write(out, page, {**values, "tune": plain(result.to_dict()), "log": list(history)})
+    name, values = f"{result.method} on {model.name}", {"tune": plain(result.to_dict()), "log": list(history)}
+    return _one_section(out, tune_section(result, history), name, result.notes, facts, values, command)
 
 
 def write_contrast_report(result: ContrastResult, out: str | Path, *, command: str | None = None) -> Written:
@@ -222,7 +212,6 @@ def write_contrast_report(result: ContrastResult, out: str | Path, *, command: s
     """
     out = Path(out)
     check_writable(out)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     facts = [
         (side, f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}")
         for side, model in (("Before", result.before.located.model), ("After", result.after.located.model))
@@ -232,14 +221,27 @@ def write_contrast_report(result: ContrastResult, out: str | Path, *, command: s
         ("Texts", f"{located.settings['texts']}: {located.settings['n_sequences']} texts, the same for both"),
         ("Sinks", f"T = {result.T}"),
         ("Versions", ", ".join(f"{what} {number}" for what, number in versions().items())),
-        ("Made", date),
     ]
-    if command:
-        facts.append(("Command", command))
     name = f"{result.before.located.model.name} and {result.after.located.model.name}"
-    page = render([contrast_section(result)], name, result.notes, facts)
-    values = {"melayer_version": __version__, "provenance": {"date": date, "command": command}}
-    return _write(out, page, values | {"contrast": result.to_dict()})
+    values = {"contrast": result.to_dict()}
+    return _one_section(out, contrast_section(result), name, result.notes, facts, values, command)
+
+
+def _one_section(
+    out: Path,
+    section: Section,
+    name: str,
+    notes: Sequence[str],
+    facts: list[tuple[str, str]],
+    values: dict[str, Any],
+    command: str | None,
+) -> Written:
+    """A page of one section, with when and by which command it was made."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = [*facts, ("Made", date), *([("Command", command)] if command else [])]
+    provenance = {"date": date, "command": command}
+    page = render([section], name, notes, facts)
+    return _write(out, page, {"melayer_version": __version__, "provenance": provenance, **values})
 
 
 def _write(out: Path, page: str, values: dict[str, Any]) -> Written:
