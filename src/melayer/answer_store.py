@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,37 +12,12 @@ from typing import Any
 from melayer import jsonl
 from melayer.answering import Item
 from melayer.errors import InputError
+from melayer.processes import Group
 
 FILE = "eval.jsonl"
 """Where the answers are kept, in the directory of a run."""
 
 Key = tuple[str, str, str]  # task, variant, item
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """The processes that share the work."""
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def joined(cls, device: str) -> Group:
-        """The processes of `accelerate launch` or `torchrun`, or this one alone."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls()
-        from accelerate import PartialState
-
-        state = PartialState(cpu=device == "cpu")
-        return cls(state.process_index, state.num_processes)
-
-    def gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all processes, one after the other."""
-        if self.size == 1:
-            return values
-        from accelerate.utils import gather_object
-
-        return list(gather_object(values))
 
 
 @dataclass(eq=False)

@@ -23,10 +23,11 @@ from melayer.hooks import Call, Point, edits_paused, measuring, record_calls
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Site = Literal["block_in", "attn_in", "attn_out", "mid", "ffn_in", "ffn_act", "ffn_out", "block_out"]
+Site = Literal["block_in", "attn_in", "attn_act", "attn_out", "mid", "ffn_in", "ffn_act", "ffn_out", "block_out"]
 SITES: tuple[Site, ...] = (
     "block_in",
     "attn_in",
+    "attn_act",
     "attn_out",
     "mid",
     "ffn_in",
@@ -186,6 +187,7 @@ class _Wiring:
     """The names of a block's parts, shared by all blocks that are built alike."""
 
     mixer: str
+    mixer_out: str | None
     softmax: bool
     ffn: str | None
     norms: Mapping[str, str | None]
@@ -421,7 +423,7 @@ def _wire(block: nn.Module, layer: int, events: list[Call], config: Any, parts: 
     # Softmax attention returns its weights (or None) beside its output; linear and recurrent mixers do not.
     softmax = calls[mixer].returns_tuple and not (types and types[layer] == "linear_attention")
     kind, gate, up, down = _read_ffn(ffn, calls, modules)
-    return _Wiring(mixer, softmax, ffn, roles, parallel, scale, kind, gate, up, down)
+    return _Wiring(mixer, _writer(mixer, calls, modules), softmax, ffn, roles, parallel, scale, kind, gate, up, down)
 
 
 def _named(block: nn.Module, parts: Mapping[str, str], part: str) -> str | None:
@@ -483,6 +485,20 @@ def _check_identities(
     )
 
 
+def _writer(branch: str, calls: Mapping[str, Call], modules: Mapping[str, nn.Module]) -> str | None:
+    """The linear map inside a branch that returns what the branch returns; None where it has none."""
+    return next(
+        (
+            name
+            for name, call in calls.items()
+            if name.startswith(f"{branch}.")
+            and any(p.ndim == 2 for p in modules[name].parameters())
+            and _same(call.returned, calls[branch].returned)
+        ),
+        None,
+    )
+
+
 def _read_ffn(
     ffn: str | None, calls: Mapping[str, Call], modules: Mapping[str, nn.Module]
 ) -> tuple[Any, tuple[str, Any] | None, tuple[str, Any] | None, str | None]:
@@ -495,7 +511,7 @@ def _read_ffn(
         return "experts", None, None, None
     inner = {name: call for name, call in calls.items() if name.startswith(f"{ffn}.")}
     linear = [name for name in inner if any(p.ndim == 2 for p in modules[name].parameters())]
-    down = next((name for name in linear if _same(inner[name].returned, calls[ffn].returned)), None)
+    down = _writer(ffn, calls, modules)
     readers = [name for name in linear if _same(inner[name].read, calls[ffn].read) and name != down]
     if down is None or not readers:
         return "unknown", None, None, None
@@ -532,6 +548,8 @@ def _build(layer: int, block: nn.Module, wiring: _Wiring) -> Block:
     if wiring.softmax:
         post = norms["attn_post_norm"]
         sites["attn_in"] = Point(mixer, "input")
+        if wiring.mixer_out is not None:
+            sites["attn_act"] = Point(modules[wiring.mixer_out], "input")
         sites["attn_out"] = Point(post.module if post else mixer, "output", wiring.scale)
     ffn = None
     if wiring.ffn is not None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from melayer.architecture import Decoder
 from melayer.errors import ArchitectureError
@@ -83,7 +84,7 @@ def listen(
             )
         return listening.drawn
 
-    with _implementation(decoder, attentions.values()):
+    with _implementation(decoder, attentions.values(), lambda _: NAME):
         _listening.append(listening)
         try:
             yield found
@@ -92,14 +93,60 @@ def listen(
 
 
 @contextmanager
-def _implementation(decoder: Decoder, attentions: Any) -> Iterator[None]:
-    """Our attention function in place of the model's own."""
+def watch_heads(decoder: Decoder, see: Callable[[int, str, torch.Tensor], None]) -> Iterator[None]:
+    """Calls `see(layer, "q" | "k" | "v", tensor)` with what the attention kernel of each block reads.
+
+    That is after rotary positions and the norms of queries and keys: what a cache holds. The kernel is the model's
+    own, except that eager attention becomes one that never holds [T, T] (equal to float tolerance).
+
+    Args:
+        decoder: The model's parts.
+        see: Receives the block, the name and the tensor [batch, n_heads, seq, d], in which it must not write.
+    """
+    layers = {id(block.attention): block.layer for block in decoder.blocks if block.attention is not None}
+
+    def named(implementation: str) -> str:
+        name = f"{NAME}_before_{implementation}"
+        own = implementation in ALL_ATTENTION_FUNCTIONS.valid_keys()
+        AttentionInterface.register(name, _showing(ALL_ATTENTION_FUNCTIONS[implementation] if own else _attend))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation] if own else sdpa_mask)
+        return name
+
+    with _implementation(decoder, [block.attention for block in decoder.blocks if block.attention is not None], named):
+        _watching.append((layers, see))
+        try:
+            yield
+        finally:
+            _watching.pop()
+
+
+_watching: list[tuple[dict[int, int], Callable[[int, str, torch.Tensor], None]]] = []
+
+
+def _showing(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The attention function that shows what it reads to whoever watches."""
+
+    def attend_and_show(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        layers, see = _watching[-1]
+        if id(module) in layers:
+            for name, tensor in (("q", query), ("k", key), ("v", value)):
+                see(layers[id(module)], name, tensor)
+        return attend(module, query, key, value, *args, **kwargs)
+
+    return attend_and_show
+
+
+@contextmanager
+def _implementation(decoder: Decoder, attentions: Any, named: Callable[[str], str]) -> Iterator[None]:
+    """The attention function of another name, given the model's own, in its place."""
     modules = [*attentions, *(m for m in decoder.model.modules() if hasattr(m, "config"))]
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
-        for config in configs.values():
-            config._attn_implementation = NAME
+        for key, config in configs.items():
+            config._attn_implementation = named(before[key])
         yield
     finally:
         for key, config in configs.items():

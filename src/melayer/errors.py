@@ -29,5 +29,9 @@ class TrainingError(MelayerError):
     """Training cannot go on; what was kept until then is good."""
 
 
+class ProcessError(MelayerError):
+    """Another of the processes that share the work is gone."""
+
+
 class MelayerWarning(UserWarning):
     """Something that does not make the answer wrong, but that its reader has to know."""

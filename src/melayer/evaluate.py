@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from melayer import architecture, paired
-from melayer.answer_store import Group, Store, file_of, order_of
+from melayer.answer_store import Store, file_of, order_of
 from melayer.answering import answer, batches, harness, items_of, metrics_of
 from melayer.errors import InputError
 from melayer.hooks import measuring
 from melayer.paired import Comparison
+from melayer.processes import Group
 from melayer.provenance import describe, versions
 from melayer.tasks import FEWSHOT_SEED, Benchmark
 from melayer.version import __version__

@@ -1,0 +1,86 @@
+"""Histograms of |x| whose bins are the leading bits of a float32: any quantile to 1 % without a logarithm.
+
+Exponent and the first six bits behind it make 64 bins for each doubling, none wider than 1.6 % of its value. All
+histograms have the same bins, so that they add up exactly, in any order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+FP16_OVERFLOW = 65520.0
+"""From here on float16 rounds to infinity: half a step above 65504, its largest number."""
+
+_KEPT_BITS = 6
+_DROPPED = 23 - _KEPT_BITS
+_LOWEST, _HIGHEST = -24, 40  # exponents of two: the smallest float16 is 2^-24, and nothing is known to pass 2^40
+_FIRST = (127 + _LOWEST) << _KEPT_BITS
+BINS = ((_HIGHEST - _LOWEST) << _KEPT_BITS) + 2
+"""Bin 0 holds what is below 2^-24, zeros too; the last one what is from 2^40 on, infinities and NaN too."""
+
+# The bits are rounded up by so much that a bin begins exactly at FP16_OVERFLOW; its bits end in twelve zeros.
+_FREE = 12
+_OVERFLOW_BIN = ((0x477FF000 + (1 << _FREE)) >> _DROPPED) - _FIRST + 1
+
+
+def counts(
+    magnitude: torch.Tensor, groups: torch.Tensor, n_groups: int, *, buffer: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[n_groups, BINS] int64, how many of each group's values fall into each bin; nothing is asked of the device.
+
+    Args:
+        magnitude: [rows, d] |x| in float32, contiguous.
+        groups: [rows] int32, the group of each row.
+        n_groups: How many groups there are.
+        buffer: An int32 tensor of magnitude's shape to write in.
+    """
+    bins = _codes(magnitude, buffer).sub_(_FIRST - 1).clamp_(0, BINS - 1)
+    if n_groups > 1:
+        bins.add_((groups * BINS).unsqueeze(1))
+    return torch.bincount(bins.view(-1), minlength=n_groups * BINS).view(n_groups, BINS)
+
+
+def _codes(magnitude: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    """Exponent and leading bits of each value, rounded so that a bin begins at FP16_OVERFLOW."""
+    # Shifted in two steps: added to all bits at once, the one would overflow on the NaN that GPUs make.
+    codes = torch.bitwise_right_shift(magnitude.view(torch.int32), _FREE, out=buffer)
+    return codes.add_(1).bitwise_right_shift_(_DROPPED - _FREE)
+
+
+def bins_of(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The bin of each value, on the host."""
+    bits = np.abs(values.astype(np.float32)).view(np.int32).astype(np.int64)
+    bins: NDArray[np.int64] = np.clip(((bits + (1 << _FREE)) >> _DROPPED) - _FIRST + 1, 0, BINS - 1)
+    return bins
+
+
+def edges() -> NDArray[np.float64]:
+    """[BINS + 1] where each bin begins; the last one ends at infinity."""
+    codes = (np.arange(BINS - 1, dtype=np.int64) + _FIRST) << _DROPPED
+    begins = (codes - (1 << _FREE)).astype(np.int32).view(np.float32).astype(np.float64)
+    return np.concatenate([[0.0], begins, [np.inf]])
+
+
+def middles() -> NDArray[np.float64]:
+    """[BINS] a value of each bin that is within 1 % of all in it; 0 for the first and infinity for the last one."""
+    ends = edges()
+    middle = (ends[:-1] + ends[1:]) / 2
+    middle[0] = 0.0
+    return middle
+
+
+def quantile(counted: NDArray[np.int64], share: float) -> float | None:
+    """The value that `share` of the counted ones do not exceed, to 1 %; 0 below 2^-24, None if nothing was counted."""
+    total = int(counted.sum())
+    if not total:
+        return None
+    rank = min(int(np.ceil(share * total)), total)
+    place = int(np.searchsorted(np.cumsum(counted), max(rank, 1)))
+    return float(middles()[place])
+
+
+def overflowing(counted: NDArray[np.int64]) -> int:
+    """How many of the counted values become infinite in float16 (or are not finite already)."""
+    return int(counted[_OVERFLOW_BIN:].sum())
