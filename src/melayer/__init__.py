@@ -16,15 +16,32 @@ if TYPE_CHECKING:
     from melayer.answers import AnswersResult, answers
     from melayer.comparators import CapWrite, FlatGamma, RemoveNeurons, SetMassive
     from melayer.contrast import ContrastResult, Measured, contrast, measure
-    from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError, TrainingError
+    from melayer.corpus import Corpus
+    from melayer.errors import (
+        ArchitectureError,
+        InputError,
+        MelayerError,
+        ModelError,
+        OutputError,
+        ProcessError,
+        TrainingError,
+    )
     from melayer.evaluate import EvalResult, compare_runs, evaluate, select
     from melayer.explain import ExplainResult, explain
     from melayer.locate import Criterion, LocateResult, locate
     from melayer.mask import WeMask, fixed_prefix
     from melayer.models import Loaded, load
     from melayer.perplexity import PerplexityResult, perplexity
-    from melayer.report import write_contrast_report, write_eval_report, write_report, write_tune_report
+    from melayer.report import (
+        write_contrast_report,
+        write_eval_report,
+        write_report,
+        write_scan_report,
+        write_tune_report,
+    )
     from melayer.rigidity import RigidityResult, rigidity
+    from melayer.scan import scan
+    from melayer.scan_result import ScanResult
     from melayer.sinks import SinksResult, sinks
     from melayer.sweep import SweepResult, sweep
     from melayer.tasks import load_tasks
@@ -68,6 +85,10 @@ _HOMES = {
     "Measured": "melayer.contrast",
     "contrast": "melayer.contrast",
     "ContrastResult": "melayer.contrast",
+    "scan": "melayer.scan",
+    "ScanResult": "melayer.scan_result",
+    "Corpus": "melayer.corpus",
+    "write_scan_report": "melayer.report",
     "write_tune_report": "melayer.report",
     "write_contrast_report": "melayer.report",
     "write_report": "melayer.report",
@@ -77,6 +98,7 @@ _HOMES = {
     "ArchitectureError": "melayer.errors",
     "InputError": "melayer.errors",
     "OutputError": "melayer.errors",
+    "ProcessError": "melayer.errors",
     "TrainingError": "melayer.errors",
 }
 
@@ -85,6 +107,7 @@ __all__ = [
     "ArchitectureError",
     "CapWrite",
     "ContrastResult",
+    "Corpus",
     "Criterion",
     "EvalResult",
     "ExplainResult",
@@ -97,8 +120,10 @@ __all__ = [
     "ModelError",
     "OutputError",
     "PerplexityResult",
+    "ProcessError",
     "RemoveNeurons",
     "RigidityResult",
+    "ScanResult",
     "SetMassive",
     "SinksResult",
     "SweepResult",
@@ -120,6 +145,7 @@ __all__ = [
     "measure",
     "perplexity",
     "rigidity",
+    "scan",
     "select",
     "sft",
     "sinks",
@@ -127,6 +153,7 @@ __all__ = [
     "write_contrast_report",
     "write_eval_report",
     "write_report",
+    "write_scan_report",
     "write_tune_report",
 ]
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from melayer.errors import InputError
-from melayer.histogram import BINS, bins_of, edges, middles
+from melayer.histogram import BINS, bins_of, middles
 from melayer.observe import Observation, Place
 
 MOMENTS = 4
@@ -207,8 +207,8 @@ class Census:
 
     def _middle(self, place: int, found: int) -> float:
         """A value of the bin; where it holds the maximum itself, that."""
-        at_most = abs(float(self.maxima[place]))
-        return min(float(middles()[found]), at_most) if edges()[found] <= at_most else at_most
+        largest = abs(float(self.maxima[place]))
+        return largest if found == bins_of(self.maxima[place : place + 1])[0] else float(middles()[found])
 
     def moments(self, place: int) -> tuple[float | None, float | None, float | None]:
         """Mean, variance and kurtosis (3 for a normal distribution); None where there are no or no varying values."""

@@ -55,6 +55,11 @@ class Corpus:
     whole_file: bool = False
     """A text file is one document, not one a line."""
 
+    def check(self) -> None:
+        """Raises InputError for whatever can be told from the first document, before a model is loaded."""
+        if Path(self.source).exists() or _kind(Path(self.source)) in _KINDS:
+            next(self.documents(stop=1), None)
+
     def documents(self, mine: Mine = lambda index: True, stop: int | None = None) -> Iterator[Document | LeftOut]:
         """The documents whose place `mine` accepts, in order; blank lines of a text file are none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -59,6 +60,9 @@ def load(
     dtype: DTypeName = "auto",
     device: str = "auto",
     device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[int | str, str] | None = None,
+    offload_folder: str | None = None,
+    tp_plan: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -76,6 +80,10 @@ def load(
         dtype: `auto` keeps the checkpoint's own; a GGUF file is unpacked to float32.
         device: `auto` takes CUDA, else MPS, else the CPU. Ignored with `device_map`.
         device_map: Passed to `from_pretrained`, for models that need several devices.
+        max_memory: The same, with `device_map`: what each device may hold; what is too much goes to the CPU or the
+            disk.
+        offload_folder: The same: where weights go that fit nowhere else.
+        tp_plan: `auto` splits every matrix over the processes of `torchrun` (tensor parallelism).
         allow_pickle: Read `.bin` checkpoints too. Unpickling runs code from the file.
         trust_remote_code: Run the modelling code that comes with the checkpoint.
         revision: Branch, tag or commit on the hub.
@@ -94,18 +102,25 @@ def load(
     """
     adapter = adapters.find(name)
     if adapter is not None:
-        options = {"dtype": dtype, "device": device, "device_map": device_map, "allow_pickle": allow_pickle}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
+        options |= {
+            "allow_pickle": allow_pickle,
+            "max_memory": max_memory,
+            "offload_folder": offload_folder,
+            "tp_plan": tp_plan,
+        }
         options |= {"trust_remote_code": trust_remote_code, "revision": revision}
         return _with_adapter(name, adapter, base, mask, options)
     if base is not None:
         raise ModelError(f"A base was given ({base}), but {name} is no directory with an adapter. Leave it out.")
     source = find(name)
-    target = None if device_map is not None else _device(device)
+    spread = _spread(device_map, max_memory, offload_folder, tp_plan)
+    target = None if spread else _device(device)
     if source.is_local:
         _check_directory(Path(source.location), allow_pickle)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     config = _read_config(source, options)
-    model = _read_model(source, config, _dtype(dtype), device_map, allow_pickle, options)
+    model = _read_model(source, config, _dtype(dtype), spread, allow_pickle, options)
     tokenizer = _read_tokenizer(source, options)
     if target is not None:
         model = model.to(target)
@@ -278,7 +293,7 @@ def _read_model(
     source: Source,
     config: PreTrainedConfig,
     dtype: Any,
-    device_map: Any,
+    spread: dict[str, Any],
     allow_pickle: bool,
     options: dict[str, Any],
 ) -> PreTrainedModel:
@@ -297,9 +312,9 @@ def _read_model(
             source.location,
             config=config,
             dtype=dtype,
-            device_map=device_map,
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
+            **spread,
             **options,
         )
     except (*_UNREADABLE, SafetensorError) as error:
@@ -348,6 +363,29 @@ def _dtype(name: str) -> str | torch.dtype:
     if name not in known:
         raise ModelError(f"The dtype {name!r} is not known; expected one of auto, {', '.join(known)}.")
     return known[name]
+
+
+def _spread(
+    device_map: Any, max_memory: dict[int | str, str] | None, offload_folder: str | None, tp_plan: str | None
+) -> dict[str, Any]:
+    """What `from_pretrained` takes for a model that is not on one device; empty for one that is."""
+    if tp_plan is not None:
+        if device_map is not None:
+            raise ModelError("Give either a device map or a tp plan: each says where the weights go.")
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise ModelError(
+                "A tp plan splits the model over several processes, and this is one alone. Start it with torchrun "
+                "--nproc-per-node N, or leave it out."
+            )
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
+    if device_map is None:
+        if max_memory is not None or offload_folder is not None:
+            raise ModelError("max_memory and offload_folder go with a device map. Add --device-map auto.")
+        return {}
+    found = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _device(name: str) -> torch.device:

@@ -51,7 +51,7 @@ def scan(
     bos: bool | None = None,
     limit: int | None = None,
     criterion: Criterion | None = None,
-    formats: Sequence[Format] = (),
+    formats: Sequence[str] = (),
     mask: WeMask | None = None,
     max_batch_tokens: int = 2048,
     store: str | Path | None = None,
@@ -101,7 +101,7 @@ def scan(
     """
     corpus = data if isinstance(data, Corpus) else Corpus(str(data))
     criterion = criterion or Criterion()
-    _check(formats, mask, limit)
+    check(sites, formats, mask is not None, limit)
     decoder = architecture.read(model, parts=parts)
     max_tokens = _length(max_tokens, decoder.max_positions)
     places = places_of(decoder, [*sites, "block_out"])
@@ -110,7 +110,17 @@ def scan(
     settings = _settings(decoder, corpus, places, max_tokens, truncate, bos, limit, criterion, formats, mask, tokenizer)
     state = _begun(None if store is None else Path(store), settings, group)
     worker = _Worker(
-        decoder, tokenizer, criterion, places, linear, tuple(formats), mask, max_tokens, truncate, bos, max_batch_tokens
+        decoder,
+        tokenizer,
+        criterion,
+        places,
+        linear,
+        _known(formats),
+        mask,
+        max_tokens,
+        truncate,
+        bos,
+        max_batch_tokens,
     )
     worker.run(
         corpus,
@@ -131,14 +141,24 @@ def scan(
     return conclude(state, describe(decoder, name), criterion, tokenizer, linear, n_processes=group.size)
 
 
-def _check(formats: Sequence[str], mask: WeMask | None, limit: int | None) -> None:
-    for given in formats:
-        if given not in FORMATS:
-            raise InputError(f"The format {given!r} is not known; expected some of {', '.join(FORMATS)}.")
-    if mask is not None and not formats:
+def check(sites: Sequence[str], formats: Sequence[str], masked: bool, limit: int | None) -> None:
+    """Raises InputError for whatever is wrong before a model is loaded."""
+    unknown = [site for site in sites if site not in SITES]
+    if unknown or not sites:
+        given = f"The site {unknown[0]!r} is not known" if unknown else "No site was given"
+        raise InputError(f"{given}; expected some of {', '.join(SITES)}.")
+    _known(formats)
+    if masked and not formats:
         raise InputError("A mask was given, but no format whose error it may change. Add formats (--formats int8).")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected at least 1 document.")
+
+
+def _known(formats: Sequence[str]) -> tuple[Format, ...]:
+    unknown = [format for format in formats if format not in FORMATS]
+    if unknown:
+        raise InputError(f"The format {unknown[0]!r} is not known; expected some of {', '.join(FORMATS)}.")
+    return tuple(format for format in FORMATS if format in formats)
 
 
 def _length(max_tokens: int | None, max_positions: int | None) -> int:
@@ -185,7 +205,7 @@ def _settings(
         "bos": bos,
         "limit": limit,
         "criterion": asdict(criterion),
-        "formats": list(formats),
+        "formats": list(_known(formats)),
         "mask": None if mask is None else repr(replace(mask, made_for=None)),
     }
 

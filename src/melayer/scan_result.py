@@ -15,7 +15,7 @@ from melayer.census import Census, merged
 from melayer.corpus import LeftOut
 from melayer.inputs import token_text, visible
 from melayer.locate import Criterion, find_me_layer
-from melayer.observe import Place
+from melayer.observe import SITES, Place
 from melayer.provenance import ModelInfo
 from melayer.reconstruction import KINDS
 from melayer.scan_state import State
@@ -124,6 +124,24 @@ class Part:
     census: Census | None = field(default=None, compare=False, repr=False)
     """What the figures come from; not part of `to_dict()`."""
 
+    def by_site(self) -> list[PlaceRow]:
+        """For each site the row of the block with the largest |x|, in the order of the sites."""
+        found: dict[str, PlaceRow] = {}
+        for row in self.places:
+            known = found.get(row.site)
+            if known is None or _size(row) > _size(known):
+                found[row.site] = row
+        return [found[site] for site in SITES if site in found]
+
+    def worst(self, variant: str, site: str, format: str, kind: str) -> tuple[float, Loss] | None:
+        """Of the errors of all blocks the median, and the largest; None where there are none."""
+        asked = (variant, site, format, kind)
+        found = [loss for loss in self.losses if (loss.variant, loss.site, loss.format, loss.kind) == asked]
+        known = [loss for loss in found if loss.error is not None]
+        if not known:
+            return None
+        return float(np.median([loss.error for loss in known])), max(known, key=lambda loss: loss.error or 0.0)
+
 
 @dataclass(frozen=True)
 class ScanResult:
@@ -178,6 +196,10 @@ class ScanResult:
             f"{over} the largest activation is |x| = {largest.max_abs:,.1f} in {_where(largest)}, at token "
             f"{largest.token_index} (“{visible(largest.token)}”), dimension {largest.dim}; {me}; {fp16}."
         )
+
+
+def _size(row: PlaceRow) -> float:
+    return math.inf if row.max_abs is None else row.max_abs
 
 
 def _where(row: PlaceRow) -> str:
@@ -344,9 +366,7 @@ def _losses(census: Census, linear: Sequence[Place], formats: Sequence[str]) -> 
 def _growth(census: Census, rows: Sequence[PlaceRow]) -> dict[str, tuple[tuple[int, float], ...]]:
     largest: dict[str, int] = {}
     for place, row in enumerate(rows):
-        size = math.inf if row.max_abs is None else row.max_abs
-        known = largest.get(row.site)
-        if known is None or size > (rows[known].max_abs or math.inf):
+        if row.site not in largest or _size(row) > _size(rows[largest[row.site]]):
             largest[row.site] = place
     return {site: tuple(census.growth(place)) for site, place in largest.items() if rows[place].max_abs is not None}
 

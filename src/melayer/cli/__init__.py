@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 from rich.console import Console
 
-from melayer.cli.options import Options, TuneOptions, blocks_of, flat, resolved
+from melayer.cli.options import Options, ScanOptions, TuneOptions, blocks_of, flat, resolved
 from melayer.cli.session import load, progress, session, stderr
 from melayer.errors import InputError, MelayerError
 from melayer.version import __version__
@@ -447,6 +447,53 @@ def contrast_command(
 
         run_contrast(
             before, after, options, out=out, given={"T": T, "epsilon": epsilon, "n_first_tokens": n_first_tokens}
+        )
+
+
+@app.command("scan")
+@flat
+def scan_command(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(help="A .txt, .jsonl or .parquet file (the first two also .gz), or a hub id.", show_default=False),
+    ],
+    sites: Annotated[str | None, typer.Option(help="Which to observe, e.g. block_out,ffn_act; default: all.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Measure what int8, fp8, int4 lose in linear inputs: one more pass.")
+    ] = None,
+    mask_rate: Annotated[float | None, typer.Option(help="…and under a mask of this share: yet another pass.")] = None,
+    selector: Annotated[str, typer.Option(help="weight, weight-low, activation, activation-low or random.")] = "weight",
+    strength: Annotated[float, typer.Option(help="How much of a masked entry is taken away.")] = 1.0,
+    layers: Annotated[
+        str | None, typer.Option(help="Masked blocks, e.g. 12- or 12,14-20; default: all after the ME layer.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of selector random.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the state and a report; a stopped scan goes on from there.")
+    ] = None,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="How often the state is kept in --out.")] = 60.0,
+    *,
+    options: ScanOptions,
+) -> None:
+    """Count how large the activations of every site get over a corpus of any size, and where.
+
+    Under torchrun or accelerate launch the processes share the documents.
+
+    Example: [bold]melayer scan demo --data corpus.jsonl --limit 1000 --out demo-scan[/]
+    """
+    with session(options.output.debug):
+        from melayer.cli.scanning import AskedMask, run_scan
+
+        run_scan(
+            model,
+            data,
+            AskedMask(mask_rate, selector, strength, blocks_of("--layers", layers), seed),
+            options,
+            sites=None if sites is None else _items(sites),
+            formats=[] if formats is None else _items(formats),
+            out=out,
+            checkpoint_seconds=checkpoint_seconds,
         )
 
 

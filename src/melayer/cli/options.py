@@ -18,6 +18,7 @@ import typer
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
+    from melayer.corpus import Corpus
     from melayer.models import Loaded
 
 
@@ -101,6 +102,18 @@ class ModelOptions:
     device_map: Annotated[
         str | None, typer.Option(help="Spread the model over devices, e.g. auto.", rich_help_panel=_MODEL)
     ] = None
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="With --device-map: e.g. 0=20GiB,cpu=60GiB.", rich_help_panel=_MODEL),
+    ] = None
+    offload_folder: Annotated[
+        str | None,
+        typer.Option(help="Where --device-map puts what fits nowhere else.", rich_help_panel=_MODEL),
+    ] = None
+    tp_plan: Annotated[
+        str | None,
+        typer.Option(help="auto: split every matrix over torchrun's processes.", rich_help_panel=_MODEL),
+    ] = None
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin weights: runs code in them.", rich_help_panel=_MODEL)
     ] = False
@@ -126,7 +139,7 @@ class ModelOptions:
     def loading(self) -> dict[str, Any]:
         """The arguments of `melayer.load`."""
         taken = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "part"}
-        return {**taken, "dtype": self.dtype.value}
+        return {**taken, "dtype": self.dtype.value, "max_memory": _memory(self.max_memory)}
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of a measurement."""
@@ -159,6 +172,66 @@ class Options:
     def arguments(self) -> dict[str, Any]:
         """The arguments of a measurement."""
         return {**self.texts.arguments(), **self.criterion.arguments(), **self.model.arguments()}
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """Which documents to run, and how."""
+
+    column: Annotated[
+        str | None, typer.Option(help="The column with the text; default: the usual names.", rich_help_panel=_TEXTS)
+    ] = None
+    category: Annotated[
+        str | None, typer.Option(help="A column by which documents are kept apart.", rich_help_panel=_TEXTS)
+    ] = None
+    split: Annotated[str, typer.Option(help="Of a data set of the hub.", rich_help_panel=_TEXTS)] = "train"
+    whole_file: Annotated[
+        bool,
+        typer.Option("--whole-file", help="A text file is one document, not one a line.", rich_help_panel=_TEXTS),
+    ] = False
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents.", rich_help_panel=_TEXTS)] = None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sequence; default 512, or the model's positions.", rich_help_panel=_TEXTS),
+    ] = None
+    truncate: Annotated[
+        bool,
+        typer.Option("--truncate", help="Only the first sequence of each document.", rich_help_panel=_TEXTS),
+    ] = False
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos", help="Begin-of-sequence token; default: the tokenizer's way.", rich_help_panel=_TEXTS
+        ),
+    ] = None
+    max_batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in one forward pass.", rich_help_panel=_TEXTS)
+    ] = 2048
+
+    def corpus(self, data: str) -> Corpus:
+        """What `scan` reads."""
+        from melayer.corpus import Corpus
+
+        return Corpus(data, self.column, self.category, self.split, self.whole_file)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `scan`."""
+        names = ("limit", "max_tokens", "truncate", "bos", "max_batch_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """What `scan` takes beside its own."""
+
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    criterion: CriterionOptions = field(default_factory=CriterionOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `scan`."""
+        return {**self.corpus.arguments(), **self.criterion.arguments(), **self.model.arguments()}
 
 
 @dataclass(frozen=True)
@@ -294,7 +367,7 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         for parameter in signature.parameters.values()
         if parameter.name != "options"
     ]
-    container: type[Options] = hints["options"]
+    container: type[Any] = hints["options"]
     groups: dict[str, type[Any]] = get_type_hints(container)
     shared = [
         inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation)
@@ -314,6 +387,19 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     flattened.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flattened
+
+
+def _memory(given: str | None) -> dict[int | str, str] | None:
+    """What `0=20GiB,cpu=60GiB` says, as `from_pretrained` takes it."""
+    if given is None:
+        return None
+    found: dict[int | str, str] = {}
+    for item in given.split(","):
+        device, equals, size = item.strip().partition("=")
+        if not (equals and device and re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", size.strip(), re.IGNORECASE)):
+            raise InputError(f"--max-memory {given!r} was given; expected e.g. 0=20GiB,cpu=60GiB.")
+        found[int(device) if device.isdigit() else device] = size.strip()
+    return found
 
 
 # --- blocks -------------------------------------------------------------------------------------------------------

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
-from melayer.errors import MelayerError, MelayerWarning
+from melayer.errors import MelayerError, MelayerWarning, ProcessError
 
 if TYPE_CHECKING:
     from melayer.models import Loaded
@@ -50,6 +52,25 @@ def session(debug: bool) -> Iterator[None]:
                 traceback.print_exc()
             console.print(f"melayer: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(2) from error
+
+
+@contextmanager
+def stopped_by_term(store: Path | None) -> Iterator[None]:
+    """A launcher that ends its processes because one has died gets an answer from the others: what stands, and how
+    to go on.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        kept = "nothing was kept, for want of --out"
+        if store is not None:
+            kept = f"what was kept in {store} stands, and the same command goes on from there"
+        raise ProcessError(f"Stopped by SIGTERM, as launchers send it when another process has died: {kept}.")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def load(model: str, options: dict[str, Any]) -> Loaded:
@@ -90,10 +111,12 @@ def progress(*titles: str, unit: str = "tokens") -> Iterator[Callable[[int], Adv
             bar.update(task, description=title, completed=place)
             started = bar.get_time()
 
-            def advance(done: int, total: int, note: str = "") -> None:
+            def advance(done: int, total: int | None, note: str = "") -> None:
                 elapsed = bar.get_time() - started
                 rate = f"{done / elapsed:,.{0 if done > 10 * elapsed else 2}f}" if elapsed > 0 else "-"
-                bar.update(task, completed=place + done / total, rate=rate, note=note and f", {note}")
+                # Of a stream nobody knows the end, and the bar stays where it is.
+                share = done / total if total else 0.0
+                bar.update(task, completed=place + share, rate=rate, note=note and f", {note}")
 
             return advance
 

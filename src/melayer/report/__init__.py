@@ -5,7 +5,15 @@ from melayer.report.page import (
     write_contrast_report,
     write_eval_report,
     write_report,
+    write_scan_report,
     write_tune_report,
 )
 
-__all__ = ["check_writable", "write_contrast_report", "write_eval_report", "write_report", "write_tune_report"]
+__all__ = [
+    "check_writable",
+    "write_contrast_report",
+    "write_eval_report",
+    "write_report",
+    "write_scan_report",
+    "write_tune_report",
+]

@@ -20,6 +20,7 @@ from melayer.report.evaluate import section as evaluate_section
 from melayer.report.explain import section as explain_section
 from melayer.report.locate import section as locate_section
 from melayer.report.rigidity import section as rigidity_section
+from melayer.report.scan import section as scan_section
 from melayer.report.sections import Plot, Section
 from melayer.report.sinks import section as sinks_section
 from melayer.report.sweep import section as sweep_section
@@ -33,6 +34,7 @@ from melayer.version import __version__
 if TYPE_CHECKING:
     from melayer.contrast import ContrastResult
     from melayer.evaluate import EvalResult
+    from melayer.scan_result import ScanResult
     from melayer.training import TuneResult
 
 _TITLES = {"explain": "Why it is there", "rigidity": "What it makes rigid", "sinks": "What attention does with it"}
@@ -225,6 +227,35 @@ def write_contrast_report(result: ContrastResult, out: str | Path, *, command: s
     name = f"{result.before.located.model.name} and {result.after.located.model.name}"
     values = {"contrast": result.to_dict()}
     return _one_section(out, contrast_section(result), name, result.notes, facts, values, command)
+
+
+def write_scan_report(result: ScanResult, out: str | Path, *, command: str | None = None) -> Written:
+    """Writes a scan's `report.html` and `report.json` into `out`; each appears whole or not at all.
+
+    Args:
+        result: What `scan` found.
+        out: A directory; made if it is missing.
+        command: The command that made it, for its provenance.
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out)
+    model, settings, total = result.model, result.settings, result.total
+    data = settings["data"]
+    size = f", {data['bytes']:,} bytes" if "bytes" in data else f", split {data['split']}"
+    facts = [
+        ("Model", f"{model.name} ({model.family}, {model.n_layers} blocks, d_model {model.d_model}), {model.dtype}"),
+        ("Fingerprint of the weights", model.fingerprint),
+        ("Corpus", f"{data['source']}{size}: {total.documents:,} documents, {total.tokens:,} tokens"),
+        ("Sequences", f"{total.sequences:,} of at most {settings['max_tokens']} tokens"),
+        ("Mask", settings["mask"] or "none"),
+        ("Time", f"{result.seconds:,.0f} s in {result.n_processes} process{'es' * (result.n_processes > 1)}"),
+        ("Counting", "blocks, tokens, dimensions and documents from 0"),
+        ("Versions", ", ".join(f"{what} {number}" for what, number in versions().items())),
+    ]
+    return _one_section(out, scan_section(result), model.name, result.notes, facts, {"scan": result.to_dict()}, command)
 
 
 def _one_section(

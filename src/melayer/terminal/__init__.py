@@ -6,6 +6,7 @@ from melayer.terminal.evaluate import show_eval
 from melayer.terminal.explain import show_explain
 from melayer.terminal.locate import show_locate
 from melayer.terminal.rigidity import show_rigidity
+from melayer.terminal.scan import show_scan
 from melayer.terminal.sinks import show_sinks
 from melayer.terminal.sweep import show_sweep
 from melayer.terminal.tune import show_tune
@@ -18,6 +19,7 @@ __all__ = [
     "show_explain",
     "show_locate",
     "show_rigidity",
+    "show_scan",
     "show_sinks",
     "show_sweep",
     "show_tune",
