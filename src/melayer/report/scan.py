@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from melayer.scan_result import Part, PlaceRow, ScanResult
 
 FP16_MAX = 65504
+_PERCENT = {"tickvals": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "tickformat": ".1%"}
 _PALETTE = (BLUE, VERMILLION, ORANGE, GREY)
 
 
@@ -68,7 +69,7 @@ def _bars(part: Part) -> Plot:
             }
         ],
         "layout": {
-            "xaxis": {"title": {"text": "site, with the block that holds its largest value"}},
+            "xaxis": {"title": {"text": "site, with the block that holds its largest value"}, "automargin": True},
             "yaxis": {"title": {"text": "max |x| (log scale)"}, "type": "log"},
             "shapes": [_line(FP16_MAX)] if max(above, default=0.0) > FP16_MAX / 100 else [],
         },
@@ -248,7 +249,7 @@ def _losses(result: ScanResult) -> Plot:
             "data": data,
             "layout": {
                 "xaxis": {"title": {"text": "block (0-based)"}},
-                "yaxis": {"title": {"text": "relative error (log scale)"}, "type": "log", "tickformat": ".1%"},
+                "yaxis": {"title": {"text": "relative error (log scale)"}, "type": "log", **_PERCENT},
             },
         },
     )

@@ -1,0 +1,151 @@
+"""Documents come in order, each with its place; what cannot be read is counted, named and skipped."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from melayer.corpus import Corpus, Document, LeftOut
+from melayer.errors import InputError
+
+
+def all_of(corpus: Corpus, **options):
+    return list(corpus.documents(**options))
+
+
+def rows(path, *values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+def test_lines_of_a_text_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\n  \ntwo\nthree")
+    found = all_of(Corpus(str(path)))
+    assert found == [Document(0, "one", ""), Document(1, "two", ""), Document(2, "three", "")]
+    assert Corpus(str(path)).count() == 3
+    assert all_of(Corpus(str(path)), mine=lambda index: index % 2 == 1) == [Document(1, "two", "")]
+    assert all_of(Corpus(str(path)), stop=1) == [Document(0, "one", "")]
+    (whole,) = all_of(Corpus(str(path), whole_file=True))
+    assert whole.text.startswith("one") and whole.text.endswith("three")
+
+
+def test_compressed_is_the_same(tmp_path):
+    for name, content in (("a.txt", b"one\ntwo\n"), ("a.jsonl", b'{"text": "one"}\n{"text": "two"}\n')):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+        assert all_of(Corpus(str(tmp_path / name))) == all_of(Corpus(str(tmp_path / f"{name}.gz")))
+
+
+def test_a_compressed_file_that_is_cut_off(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"one\ntwo\n" * 5000)[:-20])
+    with pytest.raises(InputError, match=r"cannot be read to its end: .*Copy or download it again"):
+        all_of(Corpus(str(path)))
+
+
+def test_bad_lines_are_named_and_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'{"text": "good"}\n{"text": \n{"text": "\xff"}\n[1]\n{"text": 3}\n{"text": " "}\n{"other": "x"}\n{"text": "end"}'
+    )
+    found = all_of(Corpus(str(path)))
+    assert [item.index for item in found] == list(range(8))
+    reasons = [item.reason for item in found if isinstance(item, LeftOut)]
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "not JSON", "not UTF-8 at byte 10", "no object with columns", "its text is no string", "has no text",
+        "has only the columns other",
+    ]  # fmt: skip
+    assert [item.text for item in found if isinstance(item, Document)] == ["good", "end"]
+
+
+def test_columns_are_named_or_found(tmp_path):
+    path = rows(tmp_path / "a.jsonl", {"body": "x", "kind": "k"}, {"body": "y", "kind": 2})
+    assert all_of(Corpus(path)) == [Document(0, "x", ""), Document(1, "y", "")]
+    assert [item.category for item in all_of(Corpus(path, category="kind"))] == ["k", "2"]
+    with pytest.raises(InputError, match=r"has the columns body, kind, not 'words'. Name .* --column body"):
+        Corpus(path, column="words").check()
+    with pytest.raises(InputError, match=r"has the columns body, kind, not 'topic'"):
+        Corpus(path, category="topic").check()
+    other = rows(tmp_path / "b.jsonl", {"x": "1"})
+    with pytest.raises(InputError, match=r"has the columns x, not one of text, content"):
+        Corpus(other).check()
+    (tmp_path / "c.txt").write_text("a\n")
+    with pytest.raises(InputError, match=r"has no columns, so there is no category 'kind'"):
+        Corpus(str(tmp_path / "c.txt"), category="kind").check()
+
+
+def test_there_must_be_a_corpus(tmp_path):
+    with pytest.raises(InputError, match=r"There is no corpus 'nothing': not a file here, and not a hub id"):
+        Corpus("nothing").check() or all_of(Corpus("nothing"))
+    with pytest.raises(InputError, match=r"There is no corpus .*missing.txt"):
+        Corpus(str(tmp_path / "missing.txt")).check()
+    with pytest.raises(InputError, match=r"is not a corpus; expected a file that ends in"):
+        Corpus(str(tmp_path)).check()
+
+
+def table(path, groups: int = 3, **columns):
+    values = columns or {"text": [f"document {place}" for place in range(12)], "kind": ["a", "b"] * 6}
+    parquet.write_table(pa.table(values), path, row_group_size=12 // groups, compression="none")
+    return str(path)
+
+
+def test_parquet(tmp_path):
+    path = table(tmp_path / "a.parquet")
+    found = all_of(Corpus(path, category="kind"))
+    assert [item.text for item in found] == [f"document {place}" for place in range(12)]
+    assert [item.category for item in found] == ["a", "b"] * 6
+    assert Corpus(path).count() == 12
+    assert [item.index for item in all_of(Corpus(path), mine=lambda index: index % 5 == 2, stop=8)] == [2, 7]
+    with pytest.raises(InputError, match=r"has the columns text, kind, not 'words'"):
+        Corpus(path, column="words").check()
+
+
+def test_a_corrupt_row_group_is_skipped_and_the_rest_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    table(path)
+    content = bytearray(path.read_bytes())
+    group = parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    start = group.dictionary_page_offset or group.data_page_offset
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    found = all_of(Corpus(str(path)))
+    (bad,) = [item for item in found if isinstance(item, LeftOut)]
+    assert (bad.index, bad.count) == (4, 4)
+    assert bad.reason.startswith("row group 1 is corrupt: ")
+    assert [item.index for item in found if isinstance(item, Document)] == [0, 1, 2, 3, 8, 9, 10, 11]
+    mine = all_of(Corpus(str(path)), mine=lambda index: index % 4 == 0)
+    assert [(item.index, getattr(item, "count", None)) for item in mine] == [(0, None), (4, 1), (8, None)]
+
+
+def test_no_parquet_at_all(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match=r"cannot be read as parquet: "):
+        Corpus(str(path)).check()
+
+
+def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        return iter([{"text": "one"}, {"text": None}, {"text": "three"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = all_of(Corpus("owner/name", split="test"))
+    assert asked == [("owner/name", "test", True)]
+    assert [item.index for item in found] == [0, 1, 2]
+    assert isinstance(found[1], LeftOut)
+    assert Corpus("owner/name").count() is None
+
+    def refuse(*given, **options):
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(InputError, match=r"cannot be had from the hub: no network Check the spelling"):
+        all_of(Corpus("owner/name"))

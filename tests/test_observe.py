@@ -1,0 +1,207 @@
+"""What is kept of a batch is what a straightforward computation on the stored activations gives."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+import toys
+from melayer import architecture, histogram, observe
+from melayer.architecture import Decoder
+from melayer.errors import InputError
+from melayer.inputs import Batch, Row, batches
+from melayer.locate import Criterion
+
+
+def batch(*lengths: int, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        Row(index, "", tuple(torch.randint(3, toys.VOCAB - 1, (length,), generator=generator).tolist()), (), 0, False)
+        for index, length in enumerate(lengths)
+    ]
+    (found,) = batches(rows, max_batch_tokens=10**6)
+    return found
+
+
+def stored(decoder: Decoder, given: Batch, places, criterion: Criterion | None = None):
+    """The observation, and the very activations that it is of: {place: [batch, seq, d]}."""
+    seen = {}
+    original = observe._reduced
+
+    def reduced(x, tokens, *, by_row):
+        seen[len(seen)] = x.detach().clone()
+        return original(x, tokens, by_row=by_row)
+
+    observe._reduced = reduced
+    try:
+        found = observe.observe(decoder, given, places, criterion or Criterion())
+    finally:
+        observe._reduced = original
+    # Blocks compute their sites in the order of `places`.
+    return found, dict(zip(found.places, (seen[at] for at in range(len(seen))), strict=True))
+
+
+def check(found: observe.Observation, activations, given: Batch) -> None:
+    for at, place in enumerate(found.places):
+        rows = [activations[place][row, :length].float().numpy() for row, length in enumerate(given.lengths)]
+        flat = np.concatenate(rows)
+        finite = np.isfinite(flat).all(axis=1)
+        for row, values in enumerate(rows):
+            assert found.maxima[at, row] == values.flat[np.abs(values).argmax()], place
+            assert found.maxima[at, row] == values[found.tokens[at, row], found.dims[at, row]]
+        bins = histogram.bins_of(flat)
+        assert (found.counts[at] == np.bincount(bins.ravel(), minlength=histogram.BINS)).all()
+        assert found.n_summed[at] == finite.sum() * flat.shape[1]
+        exact = flat[finite].astype(np.float64)
+        for power in range(4):
+            size = (np.abs(exact) ** (power + 1)).sum()
+            assert found.sums[at, power] == pytest.approx((exact ** (power + 1)).sum(), abs=1e-6 * size)
+        assert (found.dim_maxima[at] == np.abs(flat).max(axis=0)).all()
+
+
+@pytest.mark.parametrize("family", toys.FAMILIES)
+def test_figures_are_those_of_the_stored_activations(family):
+    model = toys.plant(toys.make(family), [(3, 7, 3000.0)])
+    decoder = architecture.read(model)
+    given = batch(20, 13, 13, 1)
+    found, activations = stored(decoder, given, observe.places_of(decoder, observe.SITES))
+    check(found, activations, given)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 17), min_size=1, max_size=5), st.integers(1, 200))
+def test_any_lengths_and_any_pieces(lengths, cached):
+    decoder = architecture.read(toys.make("llama"))
+    given = batch(*lengths)
+    before = observe._CACHED
+    observe._CACHED = cached * toys.D_MODEL
+    try:
+        found, activations = stored(decoder, given, observe.places_of(decoder, ["block_out", "ffn_act", "k"]))
+    finally:
+        observe._CACHED = before
+    check(found, activations, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_reduced_in_float32(dtype):
+    decoder = architecture.read(toys.make("llama", dtype=dtype))
+    given = batch(19, 8)
+    found, activations = stored(decoder, given, observe.places_of(decoder, observe.SITES))
+    assert activations[found.places[1]].dtype == dtype
+    check(found, activations, given)
+
+
+def test_sites_are_what_the_model_computes():
+    model = toys.make("qwen3")
+    decoder = architecture.read(model)
+    given = batch(12)
+    _, activations = stored(decoder, given, observe.places_of(decoder, observe.SITES))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        out = model(given.ids, output_hidden_states=True, past_key_values=cache, use_cache=True)
+    place = observe.Place
+    assert torch.equal(activations[place("embedding", None)], out.hidden_states[0])
+    assert torch.equal(activations[place("block_out", 2)], out.hidden_states[3])
+    assert torch.equal(activations[place("final_norm", None)], out.hidden_states[-1])
+    for layer in range(toys.N_LAYERS):
+        key, value = cache.layers[layer].keys, cache.layers[layer].values
+        assert torch.equal(activations[place("k", layer)], key.transpose(1, 2).flatten(2))
+        assert torch.equal(activations[place("v", layer)], value.transpose(1, 2).flatten(2))
+    block = toys.blocks(model)[4]
+    written = block.mlp.down_proj(activations[place("ffn_act", 4)])
+    assert torch.equal(activations[place("ffn_out", 4)], written)
+    assert torch.equal(activations[place("attn_out", 4)], block.self_attn.o_proj(activations[place("attn_act", 4)]))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_watching_leaves_the_model_as_it_was(implementation):
+    model = toys.make("llama")
+    model.set_attn_implementation(implementation)
+    decoder = architecture.read(model)
+    given = batch(16, 5)
+    with torch.no_grad():
+        before = model(given.ids, attention_mask=given.attention_mask).logits
+    found = observe.observe(decoder, given, observe.places_of(decoder, observe.SITES), Criterion())
+    alone = observe.observe(decoder, given, observe.places_of(decoder, ["block_out"]), Criterion())
+    with torch.no_grad():
+        after = model(given.ids, attention_mask=given.attention_mask).logits
+    assert torch.equal(before, after)
+    assert model.config._attn_implementation == implementation
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    outs = [at for at, place in enumerate(found.places) if place.site == "block_out"]
+    np.testing.assert_allclose(found.maxima[outs], alone.maxima, rtol=0 if implementation == "sdpa" else 1e-4)
+
+
+def test_a_massive_token_is_found_where_it_is():
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    decoder = architecture.read(model)
+    given = batch(20, 9)
+    given.ids[0, 4] = toys.X
+    found = observe.observe(decoder, given, observe.places_of(decoder, ["block_out"]), Criterion())
+    expected = np.zeros((8, 2, 20), bool)
+    expected[3:, 0, 4] = True
+    assert (found.massive == expected).all()
+
+
+def test_nothing_is_massive_without_a_plant():
+    decoder = architecture.read(toys.make("llama"))
+    found = observe.observe(decoder, batch(20), observe.places_of(decoder, ["block_out"]), Criterion())
+    assert not found.massive.any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.5, 60), st.integers(0, 20))
+def test_tokens_at_the_threshold_are_judged_by_the_median_itself(ratio, seed):
+    """The bins hold the median to 1 %; what they cannot tell is asked again, so the answer is exact."""
+    decoder = architecture.read(toys.make("llama"))
+    given = batch(11, 7, seed=seed)
+    criterion = Criterion(min_abs=0.0, min_ratio=ratio)
+    found, activations = stored(decoder, given, observe.places_of(decoder, ["block_out"]), criterion)
+    for at, place in enumerate(found.places):
+        for row, length in enumerate(given.lengths):
+            size = activations[place][row, :length].abs()
+            massive = size.amax(-1) > ratio * size.flatten().median()
+            assert (found.massive[at, row, :length] == massive.numpy()).all()
+            assert not found.massive[at, row, length:].any()
+
+
+def test_doubt_is_resolved_and_not_ignored(monkeypatch):
+    asked = []
+    original = observe._exactly_massive
+    monkeypatch.setattr(observe, "_exactly_massive", lambda *given: asked.append(1) or original(*given))
+    decoder = architecture.read(toys.make("llama"))
+    _, activations = stored(decoder, batch(11), observe.places_of(decoder, ["block_out"]), Criterion())
+    size = activations[observe.Place("block_out", 5)][0].abs()
+    exact = float(size.amax(-1)[3] / size.flatten().median())
+    stored(decoder, batch(11), observe.places_of(decoder, ["block_out"]), Criterion(min_abs=0, min_ratio=exact))
+    assert asked
+
+
+def test_what_is_not_finite_is_counted_and_left_out_of_the_sums():
+    model = toys.make("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = torch.inf
+    decoder = architecture.read(model)
+    given = batch(9)
+    given.ids[0, 6] = 5
+    found, activations = stored(decoder, given, observe.places_of(decoder, ["embedding", "block_out"]))
+    check_embedding = found.places.index(observe.Place("embedding", None))
+    assert np.isinf(found.maxima[check_embedding, 0])
+    assert found.tokens[check_embedding, 0] == 6
+    assert found.n_summed[check_embedding] == 8 * toys.D_MODEL
+    assert found.counts[check_embedding, -1] == toys.D_MODEL
+    assert np.isfinite(found.sums).all()
+    assert not found.massive.any()
+
+
+def test_a_model_has_the_sites_that_it_has():
+    decoder = architecture.read(toys.make("qwen3_5"))
+    places = observe.places_of(decoder, observe.SITES)
+    linear = [block.layer for block in decoder.blocks if block.attention is None]
+    assert linear
+    assert not any(place.layer in linear and place.site in ("q", "attn_in", "attn_act") for place in places)
+    decoder = architecture.read(toys.make("mixtral"))
+    with pytest.raises(InputError, match=r"This model \(mixtral\) has none of the sites ffn_act"):
+        observe.places_of(decoder, ["ffn_act"])

@@ -1,0 +1,88 @@
+"""What rounding loses is what a plain computation says, row by row, whatever stands beside a row."""
+
+import numpy as np
+import pytest
+import torch
+
+import toys
+from melayer import architecture, reconstruction
+from melayer.quantisation import FORMATS, quantised, scales
+from test_observe import batch
+
+
+def expected(x: torch.Tensor, massive: torch.Tensor, format: str) -> list[float]:
+    """Of one row [seq, d]: the squared error of its ordinary tokens for each of KINDS."""
+    others = x[~massive]
+    found = []
+    for kind in reconstruction.KINDS:
+        seen = others if "without" in kind else x
+        size = {"tensor": lambda s: s.abs().max(), "channel": lambda s: s.abs().amax(0)}.get(kind.split()[0])
+        scale = scales(others.abs().amax(1, keepdim=True) if size is None else size(seen), format)
+        found.append(float((quantised(others, scale, format) - others).double().square().sum()))
+    return found
+
+
+@pytest.mark.parametrize("cached", [1, 40, 1 << 16])
+def test_errors_are_those_of_each_row_alone(monkeypatch, cached):
+    monkeypatch.setattr(reconstruction, "_CACHED", cached * toys.D_MODEL)
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    decoder = architecture.read(model)
+    given = batch(20, 9, 1)
+    given.ids[0, 4] = toys.X
+    massive = np.zeros(tuple(given.ids.shape), bool)
+    massive[0, 4] = True
+    places = reconstruction.linear_inputs(decoder)
+    seen = {}
+    original = reconstruction._errors
+    monkeypatch.setattr(
+        reconstruction, "_errors", lambda x, *more: seen.setdefault(len(seen), x.clone()) is None or original(x, *more)
+    )
+    errors, energies = reconstruction.reconstruct(decoder, given, places, massive, FORMATS)
+    order = [p for layer in range(8) for p in places if p.layer == layer]
+    for at, place in enumerate(order):
+        x = seen[at]
+        rows = [(x[row, :length], torch.from_numpy(massive[row, :length])) for row, length in enumerate(given.lengths)]
+        energy = sum(float(values[~flags].double().square().sum()) for values, flags in rows)
+        assert energies[places.index(place)] == pytest.approx(energy, rel=1e-5)
+        for number, format in enumerate(FORMATS):
+            whole = np.sum([expected(values, flags, format) for values, flags in rows], axis=0)
+            assert errors[places.index(place), number] == pytest.approx(whole, rel=1e-4), (place, format)
+
+
+def test_a_massive_token_costs_the_others_their_precision_only_where_they_share_a_scale():
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    decoder = architecture.read(model)
+    given = batch(20)
+    given.ids[0, 0] = toys.X
+    massive = np.zeros(tuple(given.ids.shape), bool)
+    massive[0, 0] = True
+    places = reconstruction.linear_inputs(decoder)
+    errors, energies = reconstruction.reconstruct(decoder, given, places, massive, ["int8"])
+    at = places.index(reconstruction.Place("ffn_act", 3))
+    relative = dict(zip(reconstruction.KINDS, np.sqrt(errors[at, 0] / energies[at]), strict=True))
+    assert relative["tensor"] > 0.5
+    assert relative["tensor without massive"] < 0.05
+    assert relative["token"] < 0.05
+    # The neuron that writes it is a channel of its own.
+    assert relative["channel"] < 0.05
+
+
+def test_without_a_massive_token_there_is_nothing_to_gain():
+    decoder = architecture.read(toys.make("llama"))
+    given = batch(20, 11)
+    none = np.zeros(tuple(given.ids.shape), bool)
+    errors, _ = reconstruction.reconstruct(decoder, given, reconstruction.linear_inputs(decoder), none, ["int8"])
+    assert (errors[..., 0] == errors[..., 1]).all()
+    assert (errors[..., 2] == errors[..., 3]).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_token_that_is_not_finite_counts_nowhere(value):
+    x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 4, 3] = value
+    flags = torch.ones(1, 5, dtype=torch.bool)
+    with_it = reconstruction._errors(x, flags, flags, FORMATS)
+    without = reconstruction._errors(x[:, :4], flags[:, :4], flags[:, :4], FORMATS)
+    assert all(torch.isfinite(part).all() for part in with_it)
+    for mine, other in zip(with_it, without, strict=True):
+        torch.testing.assert_close(mine, other)
