@@ -29,7 +29,7 @@ def test_lines_of_a_text_file(tmp_path):
     assert all_of(Corpus(str(path)), mine=lambda index: index % 2 == 1) == [Document(1, "two", "")]
     assert all_of(Corpus(str(path)), stop=1) == [Document(0, "one", "")]
     (whole,) = all_of(Corpus(str(path), whole_file=True))
-    assert whole.text.startswith("one") and whole.text.endswith("three")
+    assert whole.text.splitlines()[-1] == "three"
 
 
 def test_compressed_is_the_same(tmp_path):
@@ -49,7 +49,8 @@ def test_a_compressed_file_that_is_cut_off(tmp_path):
 def test_bad_lines_are_named_and_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(
-        b'{"text": "good"}\n{"text": \n{"text": "\xff"}\n[1]\n{"text": 3}\n{"text": " "}\n{"other": "x"}\n{"text": "end"}'
+        b'{"text": "good"}\n{"text": \n{"text": "\xff"}\n[1]\n{"text": 3}\n{"text": " "}\n{"other": "x"}\n'
+        b'{"text": "end"}'
     )
     found = all_of(Corpus(str(path)))
     assert [item.index for item in found] == list(range(8))

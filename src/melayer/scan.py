@@ -36,7 +36,7 @@ Progress = Callable[[int, int | None, str], None]
 """Called with the documents done, those there are in all (None: unknown), and what to say beside them."""
 
 DEFAULT_MAX_TOKENS = 512
-_READ_AHEAD = 16  # batches whose documents are read at once, so that those of similar length go together
+_READ_AHEAD = 8  # batches whose documents are read at once, so that those of similar length go together
 _DAYS = timedelta(days=30)  # one process may be slower than another by far, and is waited for as long as it lives
 
 
