@@ -65,12 +65,14 @@ def test_every_public_name_and_command_is_documented():
         "grpo",
         "measure",
         "contrast",
+        "scan",
     ):
         assert f"melayer.{name}(" in documents
     for name in ("SetMassive", "FlatGamma", "CapWrite", "RemoveNeurons"):
         assert f"`{name}" in documents
     for command in (
         "locate", "explain", "rigidity", "sinks", "report", "generate", "sweep", "eval", "compare", "tune", "contrast",
+        "scan",
     ):  # fmt: skip
         assert f"melayer {command} " in documents
 

@@ -463,6 +463,13 @@ def test_options_that_make_no_measurement(model, corpus, options, said):
         scan(model, toys.tokenizer(), corpus, **options)
 
 
+def test_a_model_split_over_processes_is_refused(corpus):
+    model = toys.make("llama")
+    model._tp_size = 2  # what transformers sets when it loads with a tp plan
+    with pytest.raises(InputError, match=r"The model is split over processes \(tp plan\)"):
+        run(model, corpus)
+
+
 def test_an_empty_corpus(model, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n \n")

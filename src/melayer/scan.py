@@ -101,6 +101,11 @@ def scan(
     """
     corpus = data if isinstance(data, Corpus) else Corpus(str(data))
     criterion = criterion or Criterion()
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise InputError(
+            "The model is split over processes (tp plan), so that some sites hold only a share of their dimensions in "
+            "each. Scan it with --device-map auto instead."
+        )
     check(sites, formats, mask is not None, limit)
     decoder = architecture.read(model, parts=parts)
     max_tokens = _length(max_tokens, decoder.max_positions)
