@@ -1,6 +1,6 @@
 """What `locate_frugal` costs on a checkpoint of a given shape, against reading its files once.
 
-    python benchmarks/frugal.py --shape 7b --lengths 16 --repeats 3 [--json]
+    python benchmarks/frugal.py --shape 7b --lengths 32 --repeats 4 [--json]
 
 Writes a Llama checkpoint with random weights in bfloat16 (13.5 GB for 7b) and a massive activation planted in it, under
 --dir (default: where temporary files go), and deletes it afterwards. Contenders, each in a process of its own:
@@ -210,15 +210,19 @@ def compare(directory: Path, shape: Shape, lengths: list[int], repeats: int, *, 
     for length in lengths:
         rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in CONTENDERS}
         for turn in range(repeats):
-            read: dict[str, float] = {}
-            for contender in CONTENDERS:
+            # Another order each round: a disk behind a virtual machine may remember what was read just before.
+            order = CONTENDERS[turn % 4 :] + CONTENDERS[: turn % 4]
+            found = {}
+            for contender in order:
                 sys.stderr.write(f"{length} tokens, round {turn + 1} of {repeats}: {contender}\n")
-                found = measure(contender, directory, length, shape, warm=warm)
-                if found is None:
-                    continue
-                read = found if contender == "read" else read
-                seconds, memory = found["seconds"], found["peak_rss_bytes"]
-                rounds[contender].append((seconds, memory, seconds / read["seconds"], memory / shape.n_bytes))
+                found[contender] = measure(contender, directory, length, shape, warm=warm)
+                sys.stderr.write(f"{found[contender]}\n")
+            read = found["read"]
+            assert read is not None
+            for contender, values in found.items():
+                if values is not None:
+                    seconds, memory = values["seconds"], values["peak_rss_bytes"]
+                    rounds[contender].append((seconds, memory, seconds / read["seconds"], memory / shape.n_bytes))
         for contender, rows in rounds.items():
             medians = [statistics.median(column) for column in zip(*rows, strict=True)] if rows else [None] * 4
             results.append({"contender": contender, "length": length, **dict(zip(keys, medians, strict=True))})
@@ -233,8 +237,8 @@ def main() -> None:
     """Write the checkpoint, run the rounds, delete it, and print the table or the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--lengths", default="16")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--lengths", default="32")
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--dir", type=Path, help="where to write the checkpoint")
     parser.add_argument("--json", action="store_true")

@@ -38,7 +38,7 @@ from melayer.statistics import Summary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_TOKENS = 16
+MAX_TOKENS = 32
 """Tokens kept of each text: the first one sees only itself, and the criterion needs ordinary ones beside it."""
 KEPT_BYTES = 256 * 2**20
 """What the states of all tokens may take, where they take more than a block; else the file is read once more."""
@@ -74,7 +74,7 @@ def locate_frugal(
     Args:
         name: `demo`, a local directory, a `.gguf` file or a hub id, as `load` takes it.
         texts: What to run; by default the built-in ones.
-        max_tokens: Tokens kept of each text; by default 16. Few are enough, and more take more memory.
+        max_tokens: Tokens kept of each text; by default 32. Few are enough, and more take more memory.
         bos: Whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
         criterion: Thresholds, persistence and majority.
         max_listed: How many massive scalars to list for each sequence and block; all are counted.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,8 +140,6 @@ class Reader:
         sizes = [sum(_room(shards.places[name].n_bytes) for name in names) for names in groups]
         self._buffers = [torch.empty(max(sizes[slot::2], default=0), dtype=torch.uint8) for slot in (0, 1)]
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self.n_bytes_read = 0
-        """How much came from the files so far."""
 
     def __enter__(self) -> Reader:
         """Itself."""
@@ -172,14 +172,19 @@ class Reader:
 
     def _read(self, group: int) -> dict[str, torch.Tensor]:
         buffer, at, tensors = self._buffers[group % 2], 0, {}
-        # In the order of the file, so that the disk reads ahead.
-        for place, name in sorted((self._shards.places[name], name) for name in self._groups[group]):
-            like = self._shards.views[name]
-            part = buffer[at : at + place.n_bytes]
-            at += _room(place.n_bytes)
-            _fill(part, place)
-            self.n_bytes_read += place.n_bytes
-            tensors[name] = part.view(like.dtype).view(like.shape)
+        # In the order of the files and through one handle for each, so that the system reads ahead.
+        ordered = sorted((self._shards.places[name], name) for name in self._groups[group])
+        for file, held in itertools.groupby(ordered, key=lambda item: item[0].file):
+            try:
+                with file.open("rb", buffering=0) as stream:
+                    for place, name in held:
+                        part = buffer[at : at + place.n_bytes]
+                        at += _room(place.n_bytes)
+                        _fill(part, stream, place)
+                        like = self._shards.views[name]
+                        tensors[name] = part.view(like.dtype).view(like.shape)
+            except OSError as error:
+                raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
         return tensors
 
 
@@ -187,16 +192,12 @@ def _room(n_bytes: int) -> int:
     return -(-n_bytes // _ALIGNED) * _ALIGNED
 
 
-def _fill(part: torch.Tensor, place: Place) -> None:
+def _fill(part: torch.Tensor, stream: io.FileIO, place: Place) -> None:
     """Reads the bytes at `place` into `part` [n_bytes]."""
     target, done = part.numpy().data, 0
-    try:
-        with place.file.open("rb", buffering=0) as stream:
-            stream.seek(place.start)
-            while done < place.n_bytes:
-                count = stream.readinto(target[done:])
-                if not count:
-                    raise _damaged(place.file, f"it ends at byte {place.start + done}")
-                done += count
-    except OSError as error:
-        raise ModelError(f"{place.file} cannot be read: {error.strerror}.") from error
+    stream.seek(place.start)
+    while done < place.n_bytes:
+        count = stream.readinto(target[done:])
+        if not count:
+            raise _damaged(place.file, f"it ends at byte {place.start + done}")
+        done += count
