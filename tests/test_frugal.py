@@ -325,6 +325,18 @@ def test_adapters_and_quantised_weights_are_refused(tmp_path):
         melayer.locate_frugal(name, texts=TEXTS)
 
 
+def test_weights_that_blocks_share_are_refused(tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    first, second = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (4, 5))
+    monkeypatch.setattr(LlamaForCausalLM, "_tied_weights_keys", {second: first})
+    name = saved(tmp_path, "llama-tied", writes=())
+    assert second not in shards.open_shards(tmp_path).places
+    assert whole(name).me_layer is None
+    with pytest.raises(ModelError, match="5.mlp.up_proj.weight is in no file .* shared with another block"):
+        melayer.locate_frugal(name, texts=TEXTS)
+
+
 def test_a_mask_saved_with_a_model_is_refused_and_the_advice_works(tmp_path):
     name = saved(tmp_path)
     melayer.WeMask(rate=0.5, selector="random", layers=[5]).save(tmp_path)
