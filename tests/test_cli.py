@@ -49,6 +49,32 @@ def test_json_is_to_dict_and_nothing_else(toy_directory):
     assert json.loads(done.stdout) == json.loads(json.dumps(result.to_dict()))
 
 
+def test_frugal_prints_what_the_function_finds(toy_directory):
+    done = run("locate", toy_directory, "--text", TEXT, "--frugal", "--json")
+    assert done.exit_code == 0, done.output
+    result = melayer.locate_frugal(str(toy_directory), texts=[TEXT])
+    assert json.loads(done.stdout) == json.loads(json.dumps(result.to_dict()))
+    stopped = run("locate", toy_directory, "--text", TEXT, "--frugal", "--stop-early")
+    assert stopped.exit_code == 0, stopped.output
+    assert "nothing behind block 4 was run" in " ".join(stopped.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stop-early"], "which stops the reading of blocks one by one. Add --frugal."),
+        (["--frugal", "--tp-plan", "auto"], "--tp-plan does not go with --frugal. Leave one of them out."),
+        (["--frugal", "--device-map", "auto"], "--device-map does not go with --frugal. Leave one of them out."),
+        (["--frugal", "--allow-pickle"], "--allow-pickle does not go with --frugal."),
+        (["--frugal", "--base", "demo"], "--base does not go with --frugal."),
+    ],
+)
+def test_what_does_not_go_with_frugal_is_said(toy_directory, options, message):
+    done = run("locate", toy_directory, *options)
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
+
+
 def defaults(function):
     return {name: p.default for name, p in inspect.signature(function).parameters.items()}
 
@@ -70,7 +96,10 @@ def test_options_have_the_names_and_defaults_of_the_function():
         for name in function.keys() - elsewhere:
             assert options[name] == function[name], (command, name)
     report, locate = defaults(cli.report_command), defaults(cli.locate_command)
-    assert {name: report[name] for name in locate} == locate
+    frugal, streamed = defaults(melayer.locate_frugal), {"frugal", "stop_early"}
+    assert {name: report[name] for name in locate.keys() - streamed} == {n: locate[n] for n in locate.keys() - streamed}
+    for name in frugal.keys() - {"name", "texts", "parts", "criterion", "progress"}:
+        assert locate[name] == frugal[name], name
 
 
 def test_the_default_grid_is_that_of_the_function():

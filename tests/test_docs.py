@@ -49,6 +49,7 @@ def test_every_public_name_and_command_is_documented():
     for name in (
         "load",
         "locate",
+        "locate_frugal",
         "explain",
         "rigidity",
         "sinks",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from melayer.evaluate import EvalResult, compare_runs, evaluate, select
     from melayer.explain import ExplainResult, explain
+    from melayer.frugal import locate_frugal
     from melayer.locate import Criterion, LocateResult, locate
     from melayer.mask import WeMask, fixed_prefix
     from melayer.models import Loaded, load
@@ -52,6 +53,7 @@ _HOMES = {
     "load": "melayer.models",
     "Loaded": "melayer.models",
     "locate": "melayer.locate",
+    "locate_frugal": "melayer.frugal",
     "LocateResult": "melayer.locate",
     "Criterion": "melayer.locate",
     "explain": "melayer.explain",
@@ -142,6 +144,7 @@ __all__ = [
     "load",
     "load_tasks",
     "locate",
+    "locate_frugal",
     "measure",
     "perplexity",
     "rigidity",

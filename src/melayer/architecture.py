@@ -226,7 +226,7 @@ def read(model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> D
     if unknown:
         raise ArchitectureError(f"There is no part {unknown[0]!r} to name; expected one of {', '.join(PARTS)}.")
     _refuse_empty(model)
-    candidates = _block_lists(model, parts)
+    candidates = block_lists(model, parts)
     # A mask that is applied would stand between a norm and its reader.
     with edits_paused():
         calls = _trace(model, candidates)
@@ -276,8 +276,8 @@ def _refuse_empty(model: nn.Module) -> None:
 # --- finding the blocks -------------------------------------------------------------------------------------------
 
 
-def _block_lists(model: nn.Module, parts: Mapping[str, str]) -> dict[str, nn.ModuleList]:
-    """The module lists that look like decoder blocks, by path, longest first."""
+def block_lists(model: nn.Module, parts: Mapping[str, str]) -> dict[str, nn.ModuleList]:
+    """The module lists that look like decoder blocks, by path, longest first; no weights are needed to tell."""
     if "blocks" in parts:
         found = _submodule(model, parts["blocks"], "blocks")
         if not isinstance(found, nn.ModuleList) or not len(found):

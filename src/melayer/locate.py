@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Emergence = Literal["single", "staged", "gradual", "none"]
+Run = Callable[["PreTrainedModel", Batch], None]
+"""Runs a batch through the model for those who watch."""
 Progress = Callable[[int, int], None]
 """Called with the tokens done and the tokens in all."""
 
@@ -168,6 +170,7 @@ class LocateResult:
     emergence: Emergence
     stages: tuple[Stage, ...]
     erased_at: tuple[int, ...]
+    """Empty, and null in `to_dict()`, where the run was stopped before the last block."""
     peak_layer: int | None
     """Where the massive token's norm peaks."""
     shares: tuple[Stage, ...]
@@ -192,7 +195,7 @@ class LocateResult:
             "me_layer": self.me_layer,
             "emergence": self.emergence,
             "stages": [asdict(stage) for stage in self.stages],
-            "erased_at": list(self.erased_at),
+            "erased_at": list(self.erased_at) if self.complete else None,
             "peak_layer": self.peak_layer,
             "shares": [asdict(stage) for stage in self.shares],
             "embedding_share": self.embedding_share,
@@ -203,6 +206,11 @@ class LocateResult:
             "non_finite": asdict(self.non_finite) if self.non_finite else None,
             "notes": list(self.notes),
         }
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block was run. `locate_frugal` can stop before: then `blocks` ends where it stopped."""
+        return len(self.blocks) == self.model.n_layers
 
     @property
     def massive_above(self) -> float:
@@ -244,6 +252,8 @@ class LocateResult:
             "none": "its growth could not be followed",
         }[self.emergence]
         erased = f", and it is erased at {_blocks(self.erased_at)}" if self.erased_at else ""
+        if not self.complete:
+            erased = f"; nothing behind block {self.blocks[-1].layer} was run"
         # A stream of mostly zeros has a median of 0, and no ratio to it.
         ratio = "the median is 0" if row.ratio is None else f"{row.ratio:,.0f} times the median"
         return (
@@ -315,7 +325,15 @@ def locate(
     summaries = summaries_of(
         decoder, rows, criterion, k=max_listed, max_batch_tokens=max_batch_tokens, progress=progress
     )
-    return _conclude(decoder, rows, summaries, criterion, bos, texts is None, max_tokens, max_batch_tokens, name)
+    return conclude(
+        decoder,
+        rows,
+        summaries,
+        criterion,
+        describe(decoder, name),
+        settings_of(rows, texts, max_tokens, bos),
+        lambda targets: courses(decoder, targets, max_batch_tokens=max_batch_tokens),
+    )
 
 
 # --- the first pass: summaries of every block --------------------------------------------------------------------
@@ -345,6 +363,8 @@ def summaries_of(
     max_batch_tokens: int,
     progress: Progress | None = None,
     around: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
+    made: Callable[[int, Summary], None] = lambda place, summary: None,
+    run: Run | None = None,
 ) -> dict[int, SequenceSummary]:
     """The summary of each row at the embedding output and at every block's output, by the row's index.
 
@@ -356,6 +376,8 @@ def summaries_of(
         max_batch_tokens: Tokens in one forward pass.
         progress: Called with the tokens done and the tokens in all.
         around: A context for each batch's forward pass, where another measurement listens in.
+        made: Called with each summary once it is there, and its place: 0 for the embedding, then block by block.
+        run: Runs a batch, in place of `forward`. Where it stops before the last block, so do the summaries.
     """
     points: list[tuple[int, Point]] = [(0, decoder.embedding_output)]
     points += [(block.layer + 1, block.sites["block_out"]) for block in decoder.blocks]
@@ -366,10 +388,11 @@ def summaries_of(
 
         def see(layer: int, hidden: torch.Tensor, lengths: Sequence[int] = batch.lengths, into: Any = seen) -> None:
             into[layer] = summarise(hidden, lengths, min_abs=criterion.min_abs, min_ratio=criterion.min_ratio, k=k)
+            made(layer, into[layer])
 
         with around(batch), hooks.watch(points, see):
-            forward(decoder.model, batch)
-        stacked = stack([seen[layer] for layer in range(len(points))]).cpu()
+            (run or forward)(decoder.model, batch)
+        stacked = stack([seen[layer] for layer in range(len(seen))]).cpu()
         for place, row in enumerate(batch.rows):
             found[row.index] = SequenceSummary(
                 **{key: getattr(stacked, key)[:, place].numpy() for key in SequenceSummary.__dataclass_fields__}
@@ -395,7 +418,7 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Course:
+class Course:
     """One token's way through the blocks; NaN where a block does not have the site."""
 
     block_in: NDArray[np.float32]
@@ -405,46 +428,66 @@ class _Course:
     block_out: NDArray[np.float32]
 
 
-def _courses(
-    decoder: Decoder, targets: Mapping[int, tuple[Row, int]], max_batch_tokens: int
-) -> Iterable[tuple[list[int], _Course]]:
-    """For each distinct prefix that ends in a target token: the sequences that have it, and its course."""
+FOLLOWED: tuple[Site, ...] = ("block_in", "attn_out", "ffn_out", "block_out")
+
+
+def followed_points(decoder: Decoder) -> list[tuple[tuple[int, Site], Point]]:
+    """Where a token's course can be seen, each with its block and site."""
+    return [
+        ((block.layer, site), block.sites[site]) for block in decoder.blocks for site in FOLLOWED if site in block.sites
+    ]
+
+
+def courses(
+    decoder: Decoder, targets: Mapping[int, tuple[Row, int]], *, max_batch_tokens: int, run: Run | None = None
+) -> Iterable[tuple[list[int], Course]]:
+    """For each distinct prefix that ends in a target token: the sequences that have it, and its course.
+
+    Args:
+        decoder: The model's parts.
+        targets: The token to follow in each row, by the row's index.
+        max_batch_tokens: Tokens in one forward pass.
+        run: Runs a batch, in place of `forward`.
+    """
     sharing: dict[tuple[int, ...], list[int]] = {}
     for sequence, (row, token) in targets.items():
         sharing.setdefault(row.ids[: token + 1], []).append(sequence)
     prefixes = [
         Row(index=place, text="", ids=ids, tokens=(), n_dropped=0, has_bos=False) for place, ids in enumerate(sharing)
     ]
-    watched: tuple[Site, ...] = ("block_in", "attn_out", "ffn_out", "block_out")
-    points = [
-        ((block.layer, site), block.sites[site]) for block in decoder.blocks for site in watched if site in block.sites
-    ]
     for batch in batches(prefixes, max_batch_tokens=max_batch_tokens):
-        seen: dict[tuple[int, str], torch.Tensor] = {}
+        seen: dict[tuple[int, Site], torch.Tensor] = {}
         ends = torch.tensor(batch.lengths) - 1
 
-        def see(key: tuple[int, str], hidden: torch.Tensor, ends: torch.Tensor = ends, into: Any = seen) -> None:
+        def see(key: tuple[int, Site], hidden: torch.Tensor, ends: torch.Tensor = ends, into: Any = seen) -> None:
             places = torch.arange(len(ends), device=hidden.device)
             into[key] = hidden[places, ends.to(hidden.device)].float()
 
-        with hooks.watch(points, see):
-            forward(decoder.model, batch)
+        with hooks.watch(followed_points(decoder), see):
+            (run or forward)(decoder.model, batch)
         states = {key: state.cpu().numpy() for key, state in seen.items()}
         for place, prefix in enumerate(batch.rows):
-            absent = np.full(decoder.d_model, np.nan, dtype=np.float32)
-            columns = {
-                site: np.stack(
-                    [
-                        states[layer, site][place] if (layer, site) in states else absent
-                        for layer in range(decoder.n_layers)
-                    ]
-                )
-                for site in watched
-            }
-            yield sharing[prefix.ids], _Course(**columns)
+            yield sharing[prefix.ids], course_of({key: state[place] for key, state in states.items()})
 
 
-def shares_of(course: _Course) -> tuple[int, float, NDArray[np.float64]]:
+def course_of(states: Mapping[tuple[int, Site], NDArray[np.float32]]) -> Course:
+    """The course of one token.
+
+    Args:
+        states: [d_model] its state at each block and site, as far as the run went.
+    """
+    n_layers = 1 + max(layer for layer, _ in states)
+    absent = np.full_like(states[0, "block_in"], np.nan)
+    return Course(
+        **{site: np.stack([states.get((layer, site), absent) for layer in range(n_layers)]) for site in FOLLOWED}
+    )
+
+
+Follow = Callable[[Mapping[int, tuple[Row, int]]], Iterable[tuple[list[int], Course]]]
+"""From the token to follow in each sequence to courses, each with the sequences that have it."""
+
+
+def shares_of(course: Course) -> tuple[int, float, NDArray[np.float64]]:
     """The peak layer, the embedding's share, and [n_layers, 3] the shares of each block, its attention, its FFN.
 
     The share of a block is <block_out - block_in, u> / <peak state, u>, u the unit vector of the state where its
@@ -475,39 +518,71 @@ def classify(shares: Sequence[float]) -> Emergence:
 # --- conclusions --------------------------------------------------------------------------------------------------
 
 
-def find_me_layer(holding: NDArray[np.bool_], criterion: Criterion) -> int | None:
+def find_me_layer(holding: NDArray[np.bool_], criterion: Criterion, n_layers: int | None = None) -> int | None:
     """The first block at which the criterion holds in a majority of the sequences, and goes on doing so.
 
     Args:
-        holding: [n_sequences, n_layers] whether each sequence holds a massive scalar at each block's output.
+        holding: [n_sequences, blocks run] whether each sequence holds a massive scalar at each block's output.
         criterion: Its majority and persistence.
+        n_layers: The model's blocks, where not all of them were run; what is found then no later block can change.
     """
-    n_sequences, n_layers = holding.shape
+    n_sequences, n_run = holding.shape
     if n_sequences == 0:
         return None
     carried = holding.mean(axis=0) > criterion.majority
-    needed = max(1, math.ceil(criterion.persistence * n_layers))
-    for layer in range(n_layers - needed + 1):
+    needed = max(1, math.ceil(criterion.persistence * (n_layers or n_run)))
+    for layer in range(n_run - needed + 1):
         if carried[layer : layer + needed].all():
             return layer
     return None
 
 
-def _conclude(
+def voting(rows: Sequence[Row], criterion: Criterion) -> list[int]:
+    """The sequences that decide on the ME layer: the long enough ones, or all where there are none."""
+    return [row.index for row in rows if len(row) >= criterion.min_tokens] or [row.index for row in rows]
+
+
+def settings_of(
+    rows: Sequence[Row], texts: Sequence[str] | None, max_tokens: int | None, bos: bool | None
+) -> dict[str, Any]:
+    """What a result says about how it came to be."""
+    return {
+        "texts": "built-in" if texts is None else "given",
+        "n_sequences": len(rows),
+        "n_tokens": sum(map(len, rows)),
+        "max_tokens": max_tokens,
+        "bos": {"asked": bos, "sequences_with_bos": sum(row.has_bos for row in rows)},
+        "stage_share": STAGE_SHARE,
+        "whole_share": WHOLE_SHARE,
+        "layers_counted_from": 0,
+    }
+
+
+def conclude(
     decoder: Decoder,
     rows: Sequence[Row],
     summaries: Mapping[int, SequenceSummary],
     criterion: Criterion,
-    bos: bool | None,
-    builtin: bool,
-    max_tokens: int | None,
-    max_batch_tokens: int,
-    name: str | None,
+    model: ModelInfo,
+    settings: Mapping[str, Any],
+    follow: Follow,
+    more_notes: Sequence[str] = (),
 ) -> LocateResult:
+    """The result, from the summaries and from the courses of the massive tokens.
+
+    Args:
+        decoder: The model's parts.
+        rows: The sequences that were run.
+        summaries: Of each row, as far as the run went.
+        criterion: Thresholds, persistence and majority.
+        model: What the result says about the model.
+        settings: What it says about how it came to be.
+        follow: Gives the courses of the tokens that it is asked for.
+        more_notes: Put behind its own notes.
+    """
     notes = []
-    voters = [row.index for row in rows if len(row) >= criterion.min_tokens]
-    if not voters:
-        voters = [row.index for row in rows]
+    voters = voting(rows, criterion)
+    if all(len(row) < criterion.min_tokens for row in rows):
         notes.append(
             f"The criterion is not meaningful here: every text has fewer than {criterion.min_tokens} tokens, and the "
             "median needs ordinary tokens beside the massive one. Give longer texts."
@@ -523,7 +598,8 @@ def _conclude(
     holding = np.stack([summaries[row.index].n_massive[1:] > 0 for row in rows])
     finite = np.stack([summaries[row.index].n_non_finite[1:] == 0 for row in rows])
     holding &= finite
-    me_layer = find_me_layer(holding[voters], criterion)
+    me_layer = find_me_layer(holding[voters], criterion, decoder.n_layers)
+    n_run = holding.shape[1]
     targets = {}
     if me_layer is not None:
         targets = {
@@ -532,7 +608,7 @@ def _conclude(
             if holding[row.index, me_layer]
         }
     non_finite = _first_non_finite(rows, summaries)
-    trace, followed = _follow(decoder, rows, summaries, targets, max_batch_tokens, drawn=non_finite is None)
+    trace, followed = _follow(follow, rows, summaries, targets, drawn=non_finite is None)
     followed = {sequence: found for sequence, found in followed.items() if sequence in voters}
     mean = np.mean([shares for _, _, shares in followed.values()], axis=0) if followed else np.zeros((0, 3))
     shares = tuple(
@@ -545,26 +621,17 @@ def _conclude(
     if len(differing) > 1:
         notes.append(f"The texts differ in how it emerges ({', '.join(differing)}); the shares are means over them.")
     return LocateResult(
-        model=describe(decoder, name),
+        model=model,
         criterion=criterion,
-        settings={
-            "texts": "built-in" if builtin else "given",
-            "n_sequences": len(rows),
-            "n_tokens": sum(map(len, rows)),
-            "max_tokens": max_tokens,
-            "bos": {"asked": bos, "sequences_with_bos": sum(row.has_bos for row in rows)},
-            "stage_share": STAGE_SHARE,
-            "whole_share": WHOLE_SHARE,
-            "layers_counted_from": 0,
-        },
+        settings=dict(settings),
         me_layer=me_layer,
         emergence=classify(mean[:, 0].tolist()) if followed else "none",
         stages=tuple(stage for stage in shares if stage.share >= STAGE_SHARE),
-        erased_at=tuple(stage.layer for stage in shares if stage.share <= -STAGE_SHARE),
+        erased_at=tuple(stage.layer for stage in shares if stage.share <= -STAGE_SHARE and n_run == decoder.n_layers),
         peak_layer=max(set(peaks), key=peaks.count) if peaks else None,
         shares=shares,
         embedding_share=float(np.mean([share for _, share, _ in followed.values()])) if followed else None,
-        blocks=tuple(_block_row(layer, rows, summaries, holding[voters]) for layer in range(decoder.n_layers)),
+        blocks=tuple(_block_row(layer, rows, summaries, holding[voters]) for layer in range(n_run)),
         embedding_max_abs=_finite(max(abs(summary.values[0, 0]) for summary in summaries.values())),
         massive=tuple(_massive(rows, summaries, holding, criterion)),
         sequences=tuple(
@@ -584,17 +651,16 @@ def _conclude(
             for row in rows
         ),
         non_finite=non_finite,
-        notes=tuple(notes),
+        notes=(*notes, *more_notes),
         trace=trace,
     )
 
 
 def _follow(
-    decoder: Decoder,
+    follow: Follow,
     rows: Sequence[Row],
     summaries: Mapping[int, SequenceSummary],
     targets: Mapping[int, tuple[Row, int]],
-    max_batch_tokens: int,
     *,
     drawn: bool,
 ) -> tuple[Trace | None, dict[int, tuple[int, float, NDArray[np.float64]]]]:
@@ -608,7 +674,7 @@ def _follow(
     highest = int(np.abs(np.nan_to_num(summary.values[1:, 0])).argmax())
     wanted = dict(targets) or ({shown: (rows[shown], int(summary.tokens[highest + 1, 0]))} if drawn else {})
     trace, followed = None, {}
-    for sequences, course in _courses(decoder, wanted, max_batch_tokens):
+    for sequences, course in follow(wanted):
         # A course that ends in NaN has no peak; the result names where it ends.
         if targets and np.isfinite(course.block_out).all():
             found = shares_of(course)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from melayer import adapters, gguf_cache
+from melayer import adapters, gguf_cache, hub
 from melayer.errors import MelayerWarning, ModelError
 from melayer.provenance import fingerprint
+from melayer.shards import Shards, open_shards
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,7 @@ def load(
         raise ModelError(f"A base was given ({base}), but {name} is no directory with an adapter. Leave it out.")
     source = find(name)
     spread = _spread(device_map, max_memory, offload_folder, tp_plan)
-    target = None if spread else _device(device)
+    target = None if spread else device_of(device)
     if source.is_local:
         _check_directory(Path(source.location), allow_pickle)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
@@ -179,6 +180,74 @@ def _saved_mask(source: Source, model: PreTrainedModel, revision: str | None, *,
         stacklevel=3,
     )
     return mask
+
+
+class Skeleton(NamedTuple):
+    """What `skeleton` returns."""
+
+    model: PreTrainedModel
+    """Every parameter and buffer on the meta device, with the shape and the dtype that `load` would give it."""
+    tokenizer: PreTrainedTokenizerBase
+    shards: Shards
+
+
+def skeleton(
+    name: str,
+    *,
+    dtype: DTypeName = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    mask: bool = True,
+) -> Skeleton:
+    """The model that `name` stands for without its weights, its tokenizer, and the files that hold the weights.
+
+    Args:
+        name: `demo`, a local directory, a `.gguf` file, or a hub id; of a hub id every file is fetched.
+        dtype: As in `load`.
+        trust_remote_code: As in `load`.
+        revision: As in `load`.
+        mask: False says that a mask saved with the model may be left out.
+
+    Raises:
+        ModelError: The model cannot be found, read or trusted; a shard is missing or damaged; or it is of a kind
+            that needs all its weights at once.
+    """
+    if adapters.find(name) is not None:
+        raise ModelError(
+            f"{name} holds an adapter, which is merged into the weights of the whole model. Leave --frugal out."
+        )
+    source = find(name)
+    directory = Path(source.location) if source.is_local else hub.fetch(source.location, revision)
+    pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
+    if pickles and not any(directory.glob("*.safetensors")):
+        raise ModelError(
+            f"The weights in {directory} are pickles ({pickles[0]}), which cannot be read block by block. "
+            "Leave --frugal out and pass --allow-pickle, or convert them to safetensors."
+        )
+    _check_directory(directory, False)
+    _refuse_mask(name, directory, mask)
+    shards = open_shards(directory)
+    source = replace(source, location=str(directory))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = _read_config(source, options)
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method", "unknown method")
+        raise ModelError(
+            f"{name} is quantised ({method}), and such weights cannot be read block by block. "
+            "Leave --frugal out, or give the checkpoint that it was made from."
+        )
+    model = _read_model(source, config, _dtype(dtype), {"device_map": {"": "meta"}}, False, options)
+    return Skeleton(model, _read_tokenizer(source, options), shards)
+
+
+def _refuse_mask(name: str, directory: Path, mask: bool) -> None:
+    from melayer.mask import FILE
+
+    if mask and (directory / FILE).exists():
+        raise ModelError(
+            f"A mask was saved with {name}, and it needs the whole model. Pass --no-mask (mask=False) to measure the "
+            "model without it, or leave --frugal out."
+        )
 
 
 def find(name: str) -> Source:
@@ -388,7 +457,12 @@ def _spread(
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that a name stands for; `auto` takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        ModelError: It cannot be used here.
+    """
     import torch
 
     if name == "auto":

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from melayer.cli.options import Options, ScanOptions, TuneOptions, blocks_of, flat, resolved
-from melayer.cli.session import load, progress, session, stderr
+from melayer.cli.session import load, progress, quiet, session, stderr
 from melayer.errors import InputError, MelayerError
 from melayer.version import __version__
 
@@ -64,15 +64,29 @@ def locate_command(
     model: Model,
     max_tokens: MaxTokens = None,
     max_listed: MaxListed = 16,
+    frugal: Annotated[
+        bool,
+        typer.Option("--frugal", help="One block at a time in memory; 32 tokens of each text, if not told otherwise."),
+    ] = False,
+    stop_early: Annotated[
+        bool, typer.Option("--stop-early", help="With --frugal: stop when the ME layer is certain.")
+    ] = False,
     *,
     options: Options,
 ) -> None:
     """Find the block where the massive activation emerges.
 
     Example: [bold]melayer locate demo --text "My favorite color is Dark Blue. The sky is clear today."[/]
+
+    Example: [bold]melayer locate demo --frugal[/]
     """
     with session(options.output.debug):
         given = {**options.arguments(), "max_tokens": max_tokens, "max_listed": max_listed}
+        if frugal:
+            _locate_frugally(model, {**given, "stop_early": stop_early}, options)
+            return
+        if stop_early:
+            raise InputError("--stop-early was given, which stops the reading of blocks one by one. Add --frugal.")
         from melayer.locate import locate
         from melayer.terminal import show_locate
 
@@ -572,6 +586,24 @@ def grpo_command(
 
 class _Result(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
+
+
+def _locate_frugally(model: str, given: dict[str, Any], options: Options) -> None:
+    """As `_measure`, without loading."""
+    loading = options.model.loading()
+    for name in ("device_map", "max_memory", "offload_folder", "tp_plan", "allow_pickle", "base"):
+        if loading.pop(name):
+            raise InputError(f"--{name.replace('_', '-')} does not go with --frugal. Leave one of them out.")
+    quiet()
+    from melayer.frugal import locate_frugal
+    from melayer.terminal import show_locate
+
+    with progress("Locating", unit="blocks") as part:
+        result = locate_frugal(model, **given, **loading, progress=part(0))
+    if options.output.as_json:
+        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False))
+    else:
+        show_locate(result, Console())
 
 
 def _measure(

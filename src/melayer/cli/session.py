@@ -76,14 +76,18 @@ def stopped_by_term(store: Path | None) -> Iterator[None]:
 def load(model: str, options: dict[str, Any]) -> Loaded:
     """The model, with a word on stderr while it loads."""
     with stderr().status(f"Loading {model} (a GGUF file is unpacked once, which takes half a minute)"):
-        # What transformers says while it loads is for its own users; what matters comes back as our errors.
-        from transformers.utils import logging
-
+        quiet()
         from melayer import models
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
         return models.load(model, **options)
+
+
+def quiet() -> None:
+    """What transformers says while it loads is for its own users; what matters comes back as our errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 @contextmanager
