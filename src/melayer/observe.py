@@ -30,7 +30,7 @@ SITES: tuple[SiteName, ...] = SiteName.__args__  # type: ignore[attr-defined]
 
 _IN_BLOCKS: tuple[Site, ...] = ("attn_in", "attn_act", "attn_out", "ffn_in", "ffn_act", "ffn_out", "block_out")
 _IN_HEADS = ("q", "k", "v")
-_CACHED = 1 << 16  # values at once: with what is made of them they fit into a core's second-level cache
+_CACHED = 1 << 16  # values at once for each thread: with what is made of them they fit into a second-level cache
 
 
 class Place(NamedTuple):
@@ -204,7 +204,7 @@ def _reduced(x: torch.Tensor, tokens: Tokens, *, by_row: bool) -> _Reduced:
     flat = x.reshape(-1, x.shape[-1])
     places, rows = tokens.on(x.device)
     n_rows, device = len(tokens.batch.rows), x.device
-    step = max(1, _CACHED // x.shape[-1]) if device.type == "cpu" else tokens.n_tokens
+    step = max(1, torch.get_num_threads() * _CACHED // x.shape[-1]) if device.type == "cpu" else tokens.n_tokens
     n_groups = n_rows if by_row else 1
     counted = torch.zeros(n_groups, histogram.BINS, dtype=torch.int64, device=device)
     token_max = torch.empty(tokens.n_tokens, dtype=torch.float32, device=device)
