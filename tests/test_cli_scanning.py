@@ -70,7 +70,7 @@ def test_it_prints_and_writes(toy_directory, corpus, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "scan.0.state"]
     report = json.loads((out / "report.json").read_text())
     assert report["scan"]["total"]["me_layer"] == 3
-    assert "melayer scan" in report["provenance"]["command"] or report["provenance"]["command"].startswith("melayer")
+    assert report["scan"]["settings"]["data"]["category"] == "kind"
 
 
 def test_json_is_to_dict_and_nothing_else(toy_directory, corpus):

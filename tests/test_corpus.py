@@ -78,9 +78,15 @@ def test_columns_are_named_or_found(tmp_path):
         Corpus(str(tmp_path / "c.txt"), category="kind").check()
 
 
+def test_only_a_text_file_is_one_document(tmp_path):
+    for source in (rows(tmp_path / "a.jsonl", {"text": "x"}), table(tmp_path / "a.parquet"), "owner/name"):
+        with pytest.raises(InputError, match=r"takes a text file as one document, and .* is none"):
+            all_of(Corpus(source, whole_file=True))
+
+
 def test_there_must_be_a_corpus(tmp_path):
     with pytest.raises(InputError, match=r"There is no corpus 'nothing': not a file here, and not a hub id"):
-        Corpus("nothing").check() or all_of(Corpus("nothing"))
+        Corpus("nothing").check()
     with pytest.raises(InputError, match=r"There is no corpus .*missing.txt"):
         Corpus(str(tmp_path / "missing.txt")).check()
     with pytest.raises(InputError, match=r"is not a corpus; expected a file that ends in"):
@@ -113,12 +119,12 @@ def test_a_corrupt_row_group_is_skipped_and_the_rest_is_read(tmp_path):
     content[start : start + 40] = b"\xff" * 40
     path.write_bytes(content)
     found = all_of(Corpus(str(path)))
-    (bad,) = [item for item in found if isinstance(item, LeftOut)]
-    assert (bad.index, bad.count) == (4, 4)
-    assert bad.reason.startswith("row group 1 is corrupt: ")
+    bad = [item for item in found if isinstance(item, LeftOut)]
+    assert [item.index for item in bad] == [4, 5, 6, 7]
+    assert all(item.reason.startswith("row group 1 is corrupt: ") for item in bad)
     assert [item.index for item in found if isinstance(item, Document)] == [0, 1, 2, 3, 8, 9, 10, 11]
     mine = all_of(Corpus(str(path)), mine=lambda index: index % 4 == 0)
-    assert [(item.index, getattr(item, "count", None)) for item in mine] == [(0, None), (4, 1), (8, None)]
+    assert [(item.index, isinstance(item, LeftOut)) for item in mine] == [(0, False), (4, True), (8, False)]
 
 
 def test_no_parquet_at_all(tmp_path):

@@ -239,6 +239,33 @@ def test_stopped_and_started_again_it_ends_with_the_same(model, corpus, tmp_path
     assert seen == []
 
 
+def test_what_is_left_out_is_counted_once_however_often_it_is_stopped(model, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": texts(12)}), path, row_group_size=4, compression="none")
+    content = bytearray(path.read_bytes())
+    group = parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    start = group.dictionary_page_offset or group.data_page_offset
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    for after in range(1, 16):
+        calls = []
+
+        def stop(*given, calls=calls, after=after):
+            calls.append(given)
+            if len(calls) == after:
+                raise StopError
+
+        options = {"max_batch_tokens": 1, "checkpoint_seconds": 0, "store": tmp_path / str(after)}
+        with pytest.raises(StopError):
+            run(model, str(path), progress=stop, **options)
+        result = run(model, str(path), **options)
+        assert (result.total.documents, result.n_left_out) == (8, 4), after
+        assert [found.index for found in result.left_out] == [4, 5, 6, 7]
+
+
 def test_a_store_of_other_settings_is_refused(model, corpus, tmp_path):
     run(model, corpus, store=tmp_path, limit=3)
     with pytest.raises(
@@ -250,6 +277,12 @@ def test_a_store_of_other_settings_is_refused(model, corpus, tmp_path):
     scan_state.path_of(tmp_path, 0).write_bytes(b"PK nothing")
     with pytest.raises(InputError, match=r"scan.0.state cannot be read as a scan's state"):
         run(model, corpus, store=tmp_path, limit=3)
+
+
+def test_a_store_that_cannot_be_made_is_said(model, corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"The scan cannot be kept in .*file: File exists"):
+        run(model, corpus, store=tmp_path / "file", limit=3)
 
 
 def test_a_full_disk_leaves_what_was_kept(model, corpus, tmp_path, monkeypatch):
@@ -344,7 +377,9 @@ def test_a_process_that_has_died_is_named(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "recv", gone)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
-    with pytest.raises(ProcessError, match=r"Process 1 of 2 \(counted from 0\) no longer answers: .*Connection closed"):
+    with pytest.raises(
+        ProcessError, match=r"Process 1 of 2 processes \(counted from 0\) no longer answers: .*Connection closed"
+    ):
         Group(0, 2).reduced(b"", lambda a, b: a)
 
 
@@ -376,7 +411,7 @@ def test_when_a_worker_dies_the_others_say_so_and_what_was_kept_stands(python, t
             worker.kill()
             worker.communicate()
     assert workers[0].returncode == 2, said
-    assert "melayer: Process 1 of 2 (counted from 0) no longer answers: it has died" in " ".join(said.split())
+    assert "melayer: Process 1 of 2 processes (counted from 0) no longer answers: it has died" in " ".join(said.split())
     for rank in (0, 1):
         assert scan_state.State.from_bytes(scan_state.path_of(out, rank).read_bytes()).shares
 

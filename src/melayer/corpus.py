@@ -11,8 +11,11 @@ from typing import IO, Any
 
 from melayer.errors import InputError
 
-_KINDS = (".txt", ".text", ".raw", ".md", ".jsonl", ".ndjson", ".parquet")
+_TEXT, _JSON = (".txt", ".text", ".raw", ".md"), (".jsonl", ".ndjson")
+_KINDS = (*_TEXT, *_JSON, ".parquet")
 _COLUMNS = ("text", "content", "document", "body")
+_COUNTED_BYTES = 2**30
+"""Lines of a larger file are not counted beforehand: that would be reading it twice."""
 MAX_NAMED = 20
 """How many of the documents left out are named; all are counted."""
 
@@ -32,11 +35,9 @@ class Document:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Documents that cannot be read."""
+    """A document that cannot be read."""
 
     index: int
-    """The first of them."""
-    count: int
     reason: str
 
 
@@ -57,8 +58,12 @@ class Corpus:
 
     def check(self) -> None:
         """Raises InputError for whatever can be told from the first document, before a model is loaded."""
-        if Path(self.source).exists() or _kind(Path(self.source)) in _KINDS:
+        if not self._may_be_on_the_hub:
             next(self.documents(stop=1), None)
+
+    @property
+    def _may_be_on_the_hub(self) -> bool:
+        return "/" in self.source and not Path(self.source).exists() and _kind(Path(self.source)) not in _KINDS
 
     def documents(self, mine: Mine = lambda index: True, stop: int | None = None) -> Iterator[Document | LeftOut]:
         """The documents whose place `mine` accepts, in order; blank lines of a text file are none.
@@ -72,23 +77,28 @@ class Corpus:
         """
         path = Path(self.source)
         kind = _kind(path)
-        if not path.exists():
-            if kind in _KINDS or "/" not in self.source:
-                raise InputError(
-                    f"There is no corpus {self.source!r}: not a file here, and not a hub id (owner/name). Give a "
-                    f"file ({', '.join(_KINDS)}) or a hub id."
-                )
+        if self.whole_file and kind not in _TEXT:
+            raise InputError(
+                f"whole_file (--whole-file) takes a text file as one document, and {self.source} is none "
+                f"({', '.join(_TEXT)}). Leave it out."
+            )
+        if self._may_be_on_the_hub:
             return self._rows(self._of_the_hub(), mine, stop)
+        if not path.exists():
+            raise InputError(
+                f"There is no corpus {self.source!r}: not a file here, and not a hub id (owner/name). Give a "
+                f"file ({', '.join(_KINDS)}) or a hub id."
+            )
         if path.is_dir() or kind not in _KINDS:
             raise InputError(f"{self.source} is not a corpus; expected a file that ends in {', '.join(_KINDS)} or .gz.")
         if kind == ".parquet":
             return self._parquet(path, mine, stop)
-        return self._lines(path, kind in (".jsonl", ".ndjson"), mine, stop)
+        return self._lines(path, kind in _JSON, mine, stop)
 
     def count(self) -> int | None:
-        """How many documents there are, where that can be told without reading them; for the remaining time alone."""
+        """How many documents there are, where that can be told quickly; for the remaining time alone."""
         path = Path(self.source)
-        if not path.is_file() or (self.whole_file and _kind(path) not in (".jsonl", ".ndjson", ".parquet")):
+        if not path.is_file() or self.whole_file:
             return None
         if _kind(path) == ".parquet":
             from pyarrow import ArrowInvalid, parquet
@@ -97,7 +107,7 @@ class Corpus:
                 return int(parquet.read_metadata(path).num_rows)
             except (ArrowInvalid, OSError):
                 return None  # `documents` says what is wrong with it
-        if path.suffix.lower() == ".gz":
+        if path.suffix.lower() == ".gz" or path.stat().st_size > _COUNTED_BYTES:
             return None
         with path.open("rb") as file:
             return sum(bool(line.strip()) for line in file)
@@ -107,7 +117,7 @@ class Corpus:
             raise InputError(f"{path} has no columns, so there is no category {self.category!r}. Leave it out.")
         try:
             with _opened(path) as file:
-                lines = [file.read()] if self.whole_file and not as_json else file
+                lines = [file.read()] if self.whole_file else file
                 index = -1
                 for line in lines:
                     if not line.strip():
@@ -127,9 +137,9 @@ class Corpus:
                 return Document(index, text.strip("\r\n"), "")
             row = json.loads(text)
         except UnicodeDecodeError as error:
-            return LeftOut(index, 1, f"not UTF-8 at byte {error.start}")
+            return LeftOut(index, f"not UTF-8 at byte {error.start}")
         except ValueError as error:
-            return LeftOut(index, 1, f"not JSON: {error}")
+            return LeftOut(index, f"not JSON: {error}")
         return self._document(index, row)
 
     def _parquet(self, path: Path, mine: Mine, stop: int | None) -> Iterator[Document | LeftOut]:
@@ -152,8 +162,9 @@ class Corpus:
                 try:
                     rows = file.read_row_group(group, columns=sorted(columns)).to_pylist()
                 except (pyarrow.ArrowException, OSError) as error:
-                    share = sum(map(mine, places))
-                    yield LeftOut(index, share, f"row group {group} is corrupt: {_first_line(error)}")
+                    reason = f"row group {group} is corrupt: {_first_line(error)}"
+                    for place in filter(mine, places):
+                        yield LeftOut(place, reason)
                 else:
                     for place, row in zip(places, rows, strict=False):
                         if mine(place):
@@ -180,17 +191,15 @@ class Corpus:
 
     def _document(self, index: int, row: Any) -> Document | LeftOut:
         if not isinstance(row, dict):
-            return LeftOut(index, 1, "no object with columns")
+            return LeftOut(index, "no object with columns")
         if index == 0:
             self._columns(list(row))
         column, category = self._names(list(row))
         if column is None or (category is not None and category not in row):
-            return LeftOut(index, 1, f"has only the columns {', '.join(row)}")
+            return LeftOut(index, f"has only the columns {', '.join(row)}")
         text = row[column]
         if not isinstance(text, str) or not text.strip():
-            return LeftOut(
-                index, 1, "has no text" if text is None or isinstance(text, str) else "its text is no string"
-            )
+            return LeftOut(index, "has no text" if text is None or isinstance(text, str) else "its text is no string")
         return Document(index, text, "" if category is None else str(row[category]))
 
     def _names(self, present: list[str]) -> tuple[str | None, str | None]:

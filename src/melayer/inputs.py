@@ -111,19 +111,8 @@ def encode(
         raise InputError("The texts were given as one string; expected a list of strings. Write [text].")
     if not texts:
         raise InputError("There are no texts to measure. Give at least one.")
-    if max_tokens is None:
-        max_tokens = min(DEFAULT_MAX_TOKENS, max_positions or DEFAULT_MAX_TOKENS)
-    if max_tokens < 1:
-        raise InputError(f"max_tokens is {max_tokens}; expected at least 1.")
-    if max_positions is not None and max_tokens > max_positions:
-        raise InputError(
-            f"{max_tokens} tokens were asked for, but the model has {max_positions} positions. "
-            f"Give --max-tokens {max_positions} (max_tokens={max_positions}) or fewer."
-        )
-    if bos and tokenizer.bos_token_id is None:
-        raise InputError(
-            "A begin-of-sequence token was asked for, but this tokenizer has none. Leave the choice to the tokenizer."
-        )
+    max_tokens = kept_tokens(max_tokens, max_positions)
+    check_bos(tokenizer, bos)
     rows = []
     for index, text in enumerate(texts):
         if not text.strip():
@@ -145,6 +134,32 @@ def encode(
             )
         )
     return tuple(rows)
+
+
+def kept_tokens(max_tokens: int | None, max_positions: int | None, *, at_least: int = 1) -> int:
+    """How many tokens a sequence may have: what was asked for, or 512, or the model's positions if they are fewer.
+
+    Raises:
+        InputError: Fewer than `at_least` were asked for, or more than the model has positions.
+    """
+    if max_tokens is None:
+        return min(DEFAULT_MAX_TOKENS, max_positions or DEFAULT_MAX_TOKENS)
+    if max_tokens < at_least:
+        raise InputError(f"max_tokens is {max_tokens}; expected at least {at_least}.")
+    if max_positions is not None and max_tokens > max_positions:
+        raise InputError(
+            f"{max_tokens} tokens were asked for, but the model has {max_positions} positions. "
+            f"Give --max-tokens {max_positions} (max_tokens={max_positions}) or fewer."
+        )
+    return max_tokens
+
+
+def check_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> None:
+    """Raises InputError where a begin-of-sequence token is asked of a tokenizer without one."""
+    if bos and tokenizer.bos_token_id is None:
+        raise InputError(
+            "A begin-of-sequence token was asked for, but this tokenizer has none. Leave the choice to the tokenizer."
+        )
 
 
 def windows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ SiteName = Literal[
     "embedding", "attn_in", "q", "k", "v", "attn_act", "attn_out", "ffn_in", "ffn_act", "ffn_out", "block_out",
     "final_norm",
 ]  # fmt: skip
-SITES: tuple[SiteName, ...] = SiteName.__args__  # type: ignore[attr-defined]
+SITES: tuple[SiteName, ...] = get_args(SiteName)
 """Every site that can be observed, in the order in which a block computes them."""
 
 _IN_BLOCKS: tuple[Site, ...] = ("attn_in", "attn_act", "attn_out", "ffn_in", "ffn_act", "ffn_out", "block_out")

@@ -42,7 +42,8 @@ class Group:
             return values
         from accelerate.utils import gather_object
 
-        return list(gather_object(values))
+        with _alive("Another", self.size):
+            return list(gather_object(values))
 
     def reduced(self, value: bytes, merged: Callable[[bytes, bytes], bytes]) -> bytes | None:
         """All values as one, in the first process; None in the others.
@@ -65,13 +66,13 @@ class Group:
 
     def _send(self, value: bytes, to: int) -> None:
         content = torch.frombuffer(bytearray(value), dtype=torch.uint8).to(_device())
-        with _alive(to, self.size):
+        with _alive(f"Process {to}", self.size):
             torch.distributed.send(torch.tensor([len(value)], device=_device()), dst=to)
             torch.distributed.send(content, dst=to)
 
     def _receive(self, source: int) -> bytes:
         length = torch.zeros(1, dtype=torch.int64, device=_device())
-        with _alive(source, self.size):
+        with _alive(f"Process {source}", self.size):
             torch.distributed.recv(length, src=source)
             content = torch.empty(int(length), dtype=torch.uint8, device=_device())
             torch.distributed.recv(content, src=source)
@@ -86,12 +87,12 @@ def _device() -> torch.device:
 
 
 @contextmanager
-def _alive(other: int, size: int) -> Iterator[None]:
+def _alive(other: str, size: int) -> Iterator[None]:
     """Turns what the backend says of a lost connection into our error."""
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise, or a child of it
         raise ProcessError(
-            f"Process {other} of {size} (counted from 0) no longer answers: it has died, or its machine is not reached "
-            f"({str(error).splitlines()[0]}). Run the same command again: it goes on from what each process has kept."
+            f"{other} of {size} processes (counted from 0) no longer answers: it has died, or its machine is not "
+            f"reached ({str(error).splitlines()[0]}). Run the same command again: it goes on from what was kept."
         ) from error

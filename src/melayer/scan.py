@@ -18,7 +18,7 @@ from melayer.architecture import Decoder
 from melayer.census import Census, Window
 from melayer.corpus import Corpus, Document, LeftOut
 from melayer.errors import InputError
-from melayer.inputs import Batch, Row, batches
+from melayer.inputs import Batch, Row, batches, check_bos, kept_tokens
 from melayer.locate import Criterion
 from melayer.mask import WeMask
 from melayer.observe import SITES, Place, observe, places_of
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int | None, str], None]
 """Called with the documents done, those there are in all (None: unknown), and what to say beside them."""
 
-DEFAULT_MAX_TOKENS = 512
 _READ_AHEAD = 8  # batches whose documents are read at once, so that those of similar length go together
 _DAYS = timedelta(days=30)  # one process may be slower than another by far, and is waited for as long as it lives
 
@@ -108,11 +107,12 @@ def scan(
         )
     check(sites, formats, mask is not None, limit)
     decoder = architecture.read(model, parts=parts)
-    max_tokens = _length(max_tokens, decoder.max_positions)
+    check_bos(tokenizer, bos)
+    max_tokens = kept_tokens(max_tokens, decoder.max_positions, at_least=2)  # BOS and another one
     places = places_of(decoder, [*sites, "block_out"])
     linear = linear_inputs(decoder) if formats else ()
     group = Group.joined(model.device.type, patience=_DAYS)
-    settings = _settings(decoder, corpus, places, max_tokens, truncate, bos, limit, criterion, formats, mask, tokenizer)
+    settings = _settings(decoder, corpus, places, max_tokens, truncate, bos, limit, criterion, formats, mask)
     state = _begun(None if store is None else Path(store), settings, group)
     worker = _Worker(
         decoder,
@@ -166,19 +166,6 @@ def _known(formats: Sequence[str]) -> tuple[Format, ...]:
     return tuple(format for format in FORMATS if format in formats)
 
 
-def _length(max_tokens: int | None, max_positions: int | None) -> int:
-    if max_tokens is None:
-        return min(DEFAULT_MAX_TOKENS, max_positions or DEFAULT_MAX_TOKENS)
-    if max_tokens < 2:
-        raise InputError(f"max_tokens is {max_tokens}; expected at least 2.")
-    if max_positions is not None and max_tokens > max_positions:
-        raise InputError(
-            f"{max_tokens} tokens were asked for, but the model has {max_positions} positions. "
-            f"Give --max-tokens {max_positions} (max_tokens={max_positions}) or fewer."
-        )
-    return max_tokens
-
-
 def _settings(
     decoder: Decoder,
     corpus: Corpus,
@@ -190,13 +177,8 @@ def _settings(
     criterion: Criterion,
     formats: Sequence[str],
     mask: WeMask | None,
-    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """What the figures depend on, as JSON holds it; a scan goes on only under the same."""
-    if bos and tokenizer.bos_token_id is None:
-        raise InputError(
-            "A begin-of-sequence token was asked for, but this tokenizer has none. Leave the choice to the tokenizer."
-        )
     model = describe(decoder)
     path = Path(corpus.source)
     return {
@@ -221,7 +203,6 @@ def _begun(store: Path | None, settings: dict[str, Any], group: Group) -> State:
         return State(settings)
     state = State(settings)
     if group.rank == 0:
-        store.mkdir(parents=True, exist_ok=True)
         state = scan_state.read(store, settings)
         scan_state.write(store, 0, state)
         scan_state.remove_others(store, 0)
@@ -271,7 +252,7 @@ class _Worker:
         progress: Progress | None,
     ) -> None:
         """Deals with every document whose turn is this process' and that nobody has dealt with yet."""
-        total = corpus.count()
+        total = None if progress is None else corpus.count()
         total = limit if total is None else min(total, limit or total)
         began = kept = time.monotonic()
         n_tokens = reached = 0
@@ -315,7 +296,7 @@ class _Worker:
             if cut:
                 windows.setdefault(document.category, []).extend(cut)
             else:
-                state.leave_out(LeftOut(document.index, 1, "gives no tokens"))
+                state.leave_out(LeftOut(document.index, "gives no tokens"))
         for category, cut in windows.items():
             rows = [Row(place, "", window.ids, (), 0, False) for place, window in enumerate(cut)]
             maxima = np.zeros((len(self.places), len(cut)), np.float32)

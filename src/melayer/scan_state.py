@@ -56,7 +56,7 @@ class State:
 
     def leave_out(self, document: LeftOut) -> None:
         """Counts what cannot be read, and names the first of it."""
-        self.n_left_out += document.count
+        self.n_left_out += 1
         self.left_out = sorted([*self.left_out, document], key=lambda found: found.index)[:MAX_NAMED]
 
     def advance(self, rank: int, size: int, until: int) -> None:
@@ -92,7 +92,7 @@ class State:
             "settings": self.settings,
             "categories": list(self.censuses),
             "shares": [[share.rank, share.size, share.until] for share in self.shares.values()],
-            "left_out": [[found.index, found.count, found.reason] for found in self.left_out],
+            "left_out": [[found.index, found.reason] for found in self.left_out],
             "n_left_out": self.n_left_out,
             "seconds": self.seconds,
         }
@@ -183,6 +183,7 @@ def write(directory: Path, rank: int, state: State) -> None:
     """
     path = path_of(directory, rank)
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=f".{path.name}.") as temporary:
             written = Path(temporary) / path.name
             written.write_bytes(state.to_bytes())

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from melayer.cli.options import Options
-from melayer.cli.session import load, progress, stderr
+from melayer.cli.session import load, own_device, progress, stderr
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
@@ -163,10 +163,7 @@ def _placed(loading: dict[str, Any]) -> dict[str, Any]:
     """bfloat16 on a CPU that computes with it, and for each process a device of its own."""
     import torch
 
-    found: dict[str, Any] = {}
-    on_cuda = loading["device"] == "auto" and loading["device_map"] is None and torch.cuda.is_available()
-    if on_cuda and "LOCAL_RANK" in os.environ:
-        found["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    found = own_device(loading)
     on_cpu = loading["device"] == "cpu" or (
         loading["device"] == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
     )

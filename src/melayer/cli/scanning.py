@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import typer
 from rich.console import Console
 
 from melayer.cli.options import ScanOptions, resolved
-from melayer.cli.session import load, progress, stopped_by_term
+from melayer.cli.session import load, own_device, progress, stopped_by_term
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,9 +95,7 @@ def run_scan(
     if out is not None:
         check_writable(out)
     loading = options.model.loading()
-    if "LOCAL_RANK" in os.environ and loading["device"] == "auto" and loading["device_map"] is None:
-        loading |= _own_device()
-    loaded = load(model, loading)
+    loaded = load(model, {**loading, **own_device(loading)})
     mask = asked.made(loaded, model, given)
     with stopped_by_term(out), progress("Scanning", unit="documents") as part:
         result = scan(
@@ -124,10 +121,3 @@ def run_scan(
     if written is not None:
         output = Console(soft_wrap=True, highlight=False)
         output.print(f"Open {written.html} in a browser; {written.json} holds the same figures.", markup=False)
-
-
-def _own_device() -> dict[str, Any]:
-    """For each process of a machine a GPU of its own, where there are some."""
-    import torch
-
-    return {"device": f"cuda:{os.environ['LOCAL_RANK']}"} if torch.cuda.is_available() else {}

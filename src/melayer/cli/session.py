@@ -73,6 +73,15 @@ def stopped_by_term(store: Path | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def own_device(loading: dict[str, Any]) -> dict[str, Any]:
+    """For each process of a launcher a GPU of its own, where there are some and none was named."""
+    import torch
+
+    if "LOCAL_RANK" not in os.environ or loading["device"] != "auto" or loading["device_map"] is not None:
+        return {}
+    return {"device": f"cuda:{os.environ['LOCAL_RANK']}"} if torch.cuda.is_available() else {}
+
+
 def load(model: str, options: dict[str, Any]) -> Loaded:
     """The model, with a word on stderr while it loads."""
     with stderr().status(f"Loading {model} (a GGUF file is unpacked once, which takes half a minute)"):
