@@ -63,7 +63,7 @@ def test_frugal_prints_what_the_function_finds(toy_directory):
     ("options", "message"),
     [
         (["--stop-early"], "which stops the reading of blocks one by one. Add --frugal."),
-        (["--frugal", "--tp-plan", "auto"], "--tp-plan does not go with --frugal. Leave one of them out."),
+        (["--frugal", "--offload-folder", "x"], "--offload-folder does not go with --frugal. Leave one of them out."),
         (["--frugal", "--device-map", "auto"], "--device-map does not go with --frugal. Leave one of them out."),
         (["--frugal", "--allow-pickle"], "--allow-pickle does not go with --frugal."),
         (["--frugal", "--base", "demo"], "--base does not go with --frugal."),

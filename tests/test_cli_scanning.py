@@ -95,8 +95,6 @@ def test_json_is_to_dict_and_nothing_else(toy_directory, corpus):
         (["--category", "topic"], "has the columns text, kind, not 'topic'"),
         (["--max-memory", "lots", "--device-map", "auto"], "--max-memory 'lots' was given; expected e.g. 0=20GiB"),
         (["--max-memory", "cpu=1GiB"], "max_memory and offload_folder go with a device map"),
-        (["--tp-plan", "auto"], "A tp plan splits the model over several processes, and this is one alone"),
-        (["--tp-plan", "auto", "--device-map", "auto"], "Give either a device map or a tp plan"),
     ],
 )
 def test_bad_options_are_one_sentence(toy_directory, corpus, options, said):

@@ -16,7 +16,7 @@ from sharded import ENVIRONMENT
 
 def test_sharded_is_whole(python, tmp_path):
     methods = ("sft", "dpo")
-    command = [python[0], "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29512"]
+    command = [python[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(Path(__file__).parent / "sharded.py"), str(tmp_path / "two"), *methods]
     environment = {**python[1], **ENVIRONMENT, "FSDP_VERSION": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

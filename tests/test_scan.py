@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -304,8 +305,8 @@ def test_a_full_disk_leaves_what_was_kept(model, corpus, tmp_path, monkeypatch):
 # --- many processes ------------------------------------------------------------------------------------------------
 
 
-def launched(python, toy_directory, corpus, out, size, *more, port=29530):
-    command = [python[0], "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", str(port)]
+def launched(python, toy_directory, corpus, out, size, *more):
+    command = [python[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     command += ["-m", "melayer", "scan", str(toy_directory), "--data", corpus, "--max-tokens", "16", "--out", str(out)]
     environment = {**python[1], "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
@@ -313,7 +314,7 @@ def launched(python, toy_directory, corpus, out, size, *more, port=29530):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_share_the_documents(python, toy_directory, corpus, tmp_path, size):
-    done = launched(python, toy_directory, corpus, tmp_path, size, "--formats", "int8", "--json", port=29530 + size)
+    done = launched(python, toy_directory, corpus, tmp_path, size, "--formats", "int8", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     loaded = melayer.load(str(toy_directory))
@@ -398,11 +399,15 @@ def test_when_a_worker_dies_the_others_say_so_and_what_was_kept_stands(python, t
     path = tmp_path / "long.txt"
     path.write_text("\n".join(texts(60) * 500))
     out = tmp_path / "out"
-    workers = [alone_in_a_group(python, toy_directory, str(path), out, rank, 29541) for rank in (0, 1)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [alone_in_a_group(python, toy_directory, str(path), out, rank, port) for rank in (0, 1)]
     try:
         waiting = time.monotonic()
         while not all(scan_state.path_of(out, rank).exists() for rank in (0, 1)):
-            assert time.monotonic() - waiting < 120, [worker.poll() for worker in workers]
+            assert time.monotonic() - waiting < 120
+            assert [worker.poll() for worker in workers] == [None, None]
             time.sleep(0.05)
         workers[1].send_signal(signal.SIGKILL)
         _, said = workers[0].communicate(timeout=300)
@@ -501,7 +506,7 @@ def test_options_that_make_no_measurement(model, corpus, options, said):
 def test_a_model_split_over_processes_is_refused(corpus):
     model = toys.make("llama")
     model._tp_size = 2  # what transformers sets when it loads with a tp plan
-    with pytest.raises(InputError, match=r"The model is split over processes \(tp plan\)"):
+    with pytest.raises(InputError, match=r"The model is split over processes \(tensor parallelism\)"):
         run(model, corpus)
 
 

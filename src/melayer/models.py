@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -63,7 +62,6 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     max_memory: dict[int | str, str] | None = None,
     offload_folder: str | None = None,
-    tp_plan: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -84,7 +82,6 @@ def load(
         max_memory: The same, with `device_map`: what each device may hold; what is too much goes to the CPU or the
             disk.
         offload_folder: The same: where weights go that fit nowhere else.
-        tp_plan: `auto` splits every matrix over the processes of `torchrun` (tensor parallelism).
         allow_pickle: Read `.bin` checkpoints too. Unpickling runs code from the file.
         trust_remote_code: Run the modelling code that comes with the checkpoint.
         revision: Branch, tag or commit on the hub.
@@ -108,14 +105,13 @@ def load(
             "allow_pickle": allow_pickle,
             "max_memory": max_memory,
             "offload_folder": offload_folder,
-            "tp_plan": tp_plan,
         }
         options |= {"trust_remote_code": trust_remote_code, "revision": revision}
         return _with_adapter(name, adapter, base, mask, options)
     if base is not None:
         raise ModelError(f"A base was given ({base}), but {name} is no directory with an adapter. Leave it out.")
     source = find(name)
-    spread = _spread(device_map, max_memory, offload_folder, tp_plan)
+    spread = _spread(device_map, max_memory, offload_folder)
     target = None if spread else device_of(device)
     if source.is_local:
         _check_directory(Path(source.location), allow_pickle)
@@ -434,21 +430,8 @@ def _dtype(name: str) -> str | torch.dtype:
     return known[name]
 
 
-def _spread(
-    device_map: Any, max_memory: dict[int | str, str] | None, offload_folder: str | None, tp_plan: str | None
-) -> dict[str, Any]:
+def _spread(device_map: Any, max_memory: dict[int | str, str] | None, offload_folder: str | None) -> dict[str, Any]:
     """What `from_pretrained` takes for a model that is not on one device; empty for one that is."""
-    if tp_plan is not None:
-        if device_map is not None:
-            raise ModelError("Give either a device map or a tp plan: each says where the weights go.")
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise ModelError(
-                "A tp plan splits the model over several processes, and this is one alone. Start it with torchrun "
-                "--nproc-per-node N, or leave it out."
-            )
-        from transformers.distributed import DistributedConfig
-
-        return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
     if device_map is None:
         if max_memory is not None or offload_folder is not None:
             raise ModelError("max_memory and offload_folder go with a device map. Add --device-map auto.")

@@ -102,8 +102,8 @@ def scan(
     criterion = criterion or Criterion()
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise InputError(
-            "The model is split over processes (tp plan), so that some sites hold only a share of their dimensions in "
-            "each. Scan it with --device-map auto instead."
+            "The model is split over processes (tensor parallelism), so that some sites hold only a share of their "
+            "dimensions in each. Scan it with --device-map auto instead."
         )
     check(sites, formats, mask is not None, limit)
     decoder = architecture.read(model, parts=parts)

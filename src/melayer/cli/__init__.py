@@ -591,7 +591,7 @@ class _Result(Protocol):
 def _locate_frugally(model: str, given: dict[str, Any], options: Options) -> None:
     """As `_measure`, without loading."""
     loading = options.model.loading()
-    for name in ("device_map", "max_memory", "offload_folder", "tp_plan", "allow_pickle", "base"):
+    for name in ("device_map", "max_memory", "offload_folder", "allow_pickle", "base"):
         if loading.pop(name):
             raise InputError(f"--{name.replace('_', '-')} does not go with --frugal. Leave one of them out.")
     quiet()

@@ -110,10 +110,6 @@ class ModelOptions:
         str | None,
         typer.Option(help="Where --device-map puts what fits nowhere else.", rich_help_panel=_MODEL),
     ] = None
-    tp_plan: Annotated[
-        str | None,
-        typer.Option(help="auto: split every matrix over torchrun's processes.", rich_help_panel=_MODEL),
-    ] = None
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin weights: runs code in them.", rich_help_panel=_MODEL)
     ] = False

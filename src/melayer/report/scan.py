@@ -128,7 +128,7 @@ def _map(part: Part) -> Plot:
             ],
             "layout": {
                 "xaxis": {"title": {"text": "block (0-based)"}},
-                "yaxis": {"autorange": "reversed", "title": {"text": "site"}},
+                "yaxis": {"autorange": "reversed", "automargin": True},
             },
         },
     )
@@ -221,23 +221,14 @@ def _losses(result: ScanResult) -> Plot:
                 "hovertemplate": "block %{x}: %{y:.2%}<extra></extra>",
             }
         )
-    found = [(part.worst("plain", site, format, kind), site) for site in LINEAR_INPUTS for kind in ("tensor",)]
-    known = [(item[1], site) for item, site in found if item is not None]
-    takeaway = "Nothing was measured."
-    if known:
-        loss, site = max(known, key=lambda pair: pair[0].error or 0.0)
-        without = part.worst("plain", site, format, "tensor without massive")
-        at = next(
-            other for other in part.losses
-            if (other.variant, other.site, other.layer, other.format, other.kind)
-            == ("plain", site, loss.layer, format, "tensor without massive")
-        )  # fmt: skip
-        assert without is not None
-        takeaway = (
-            f"The worst input is {site} of block {loss.layer}: with one scale for a sequence {format} loses "
-            f"{loss.error:.1%} of its ordinary tokens' norm, and {at.error or 0.0:.1%} where the scale comes from "
-            "the ordinary tokens alone."
-        )
+    plain = [loss for loss in part.losses if (loss.variant, loss.format) == ("plain", format)]
+    largest = max((loss for loss in plain if loss.kind == "tensor"), key=lambda loss: loss.error or 0.0)
+    at = {loss.kind: loss.error or 0.0 for loss in plain if (loss.site, loss.layer) == (largest.site, largest.layer)}
+    takeaway = (
+        f"The worst input is {largest.site} of block {largest.layer}: with one scale for a sequence {format} loses "
+        f"{at['tensor']:.1%} of its ordinary tokens' norm, and {at['tensor without massive']:.1%} where the scale "
+        "comes from the ordinary tokens alone."
+    )
     return Plot(
         "scan-losses",
         f"What {format} loses of the linear inputs",
