@@ -169,14 +169,16 @@ def test_tokens_at_the_threshold_are_judged_by_the_median_itself(ratio, seed):
 
 def test_doubt_is_resolved_and_not_ignored(monkeypatch):
     asked = []
-    original = observe._exactly_massive
-    monkeypatch.setattr(observe, "_exactly_massive", lambda *given: asked.append(1) or original(*given))
+    original = observe._median
+    monkeypatch.setattr(observe, "_median", lambda x: asked.append(len(x)) or original(x))
     decoder = architecture.read(toys.make("llama"))
     _, activations = stored(decoder, batch(11), observe.places_of(decoder, ["block_out"]), Criterion())
     size = activations[observe.Place("block_out", 5)][0].abs()
     exact = float(size.amax(-1)[3] / size.flatten().median())
+    assert not asked  # nothing is near the usual threshold
     stored(decoder, batch(11), observe.places_of(decoder, ["block_out"]), Criterion(min_abs=0, min_ratio=exact))
     assert asked
+    assert set(asked) == {11}
 
 
 def test_what_is_not_finite_is_counted_and_left_out_of_the_sums():

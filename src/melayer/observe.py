@@ -136,13 +136,13 @@ def observe(decoder: Decoder, batch: Batch, places: Sequence[Place], criterion: 
     """
     tokens = Tokens(batch)
     kept: dict[Place, _Reduced] = {}
-    bounds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    massive: dict[int, torch.Tensor] = {}
 
     def see(place: Place, x: torch.Tensor) -> None:
         found = _reduced(x, tokens, by_row=place.site == "block_out")
         if place.site == "block_out":
             assert place.layer is not None
-            bounds[place.layer] = _massive_bounds(found, tokens, x.shape[-1], criterion)
+            massive[place.layer] = _massive(x, found, tokens, criterion)
             found = found._replace(counts=found.counts.sum(0, keepdim=True))
         kept[place] = found
 
@@ -161,11 +161,6 @@ def observe(decoder: Decoder, batch: Batch, places: Sequence[Place], criterion: 
     def on_host(name: str) -> NDArray[Any]:
         return _on_host([getattr(kept[place], name) for place in places])
 
-    layers = sorted(bounds)
-    surely, maybe = (_on_host([bounds[layer][side] for layer in layers]) for side in (0, 1))
-    if (surely != maybe).any():
-        # A token stands so near the threshold that the bins cannot tell: ask for the medians themselves.
-        surely = _exactly_massive(decoder, batch, layers, criterion)
     dim_maxima = tuple(kept[place].dim_maxima.cpu().numpy() for place in places)
     return Observation(
         places=tuple(places),
@@ -176,7 +171,7 @@ def observe(decoder: Decoder, batch: Batch, places: Sequence[Place], criterion: 
         tokens=on_host("tokens"),
         dims=on_host("dims"),
         dim_maxima=dim_maxima,
-        massive=surely.reshape(len(layers), *batch.ids.shape),
+        massive=_on_host([massive[layer] for layer in sorted(massive)]).reshape(-1, *batch.ids.shape),
     )
 
 
@@ -235,40 +230,35 @@ def _reduced(x: torch.Tensor, tokens: Tokens, *, by_row: bool) -> _Reduced:
     return _Reduced(counted, sums, maxima, where, dims, finite.sum(), dim_max, token_max)
 
 
-def _massive_bounds(
-    found: _Reduced, tokens: Tokens, d_model: int, criterion: Criterion
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[batch, seq] the tokens that are surely massive, and those that may be, from the bin that holds each median."""
-    device = found.counts.device
+def _massive(x: torch.Tensor, found: _Reduced, tokens: Tokens, criterion: Criterion) -> torch.Tensor:
+    """[batch, seq] the tokens of x [batch, seq, d_model] that hold a massive scalar.
+
+    The bin that holds a row's median says of nearly every token which it is. Where one stands so near the threshold
+    that the bin cannot tell, the median is computed; it costs more than all the rest.
+    """
+    device, lengths = x.device, tokens.batch.lengths
     ends = torch.from_numpy(histogram.edges()).to(device)
-    n_values = torch.tensor(tokens.batch.lengths, device=device) * d_model
+    n_values = torch.tensor(lengths, device=device) * x.shape[-1]
     # As torch's median: the lower of the two middle ones.
     bins = torch.searchsorted(found.counts.cumsum(1), ((n_values - 1) // 2 + 1).unsqueeze(1))[:, 0]
     token_max = tokens.spread(found.token_maxima, 0.0)
-    finite = torch.isfinite(token_max).all(dim=1)
-    flags = []
-    for bound in (ends[bins + 1], ends[bins]):
-        above = torch.clamp(criterion.min_ratio * bound, min=criterion.min_abs)
-        flags.append((token_max.double() > above.unsqueeze(1)) & finite.unsqueeze(1))
-    return flags[0], flags[1]
+    finite = torch.isfinite(token_max).all(dim=1, keepdim=True)
+
+    def above(median: torch.Tensor) -> torch.Tensor:
+        return torch.clamp(criterion.min_ratio * median, min=criterion.min_abs)
+
+    flags, maybe = ((token_max.double() > above(bound).unsqueeze(1)) & finite for bound in (ends[bins + 1], ends[bins]))
+    # To ask another device which rows these are would make it wait, block by block; there all are computed.
+    doubtful = (flags != maybe).any(dim=1).nonzero()[:, 0].tolist() if device.type == "cpu" else range(len(lengths))
+    for row in doubtful:
+        bound = above(_median(x[row, : lengths[row]]))
+        flags[row, : lengths[row]] = (token_max[row, : lengths[row]] > bound) & finite[row]
+    return flags
 
 
-def _exactly_massive(decoder: Decoder, batch: Batch, layers: Sequence[int], criterion: Criterion) -> NDArray[np.bool_]:
-    """[n_layers, batch, seq] which tokens hold a massive scalar, with the medians computed."""
-    found: dict[int, torch.Tensor] = {}
-
-    def see(layer: int, x: torch.Tensor) -> None:
-        flags = torch.zeros(batch.ids.shape, dtype=torch.bool, device=x.device)
-        for row, length in enumerate(batch.lengths):
-            magnitude = x[row, :length].float().abs()
-            above = torch.clamp(criterion.min_ratio * magnitude.flatten().median(), min=criterion.min_abs)
-            token_max = magnitude.amax(dim=-1)
-            flags[row, :length] = (token_max > above) & torch.isfinite(token_max).all()
-        found[layer] = flags
-
-    with hooks.watch([(layer, decoder.blocks[layer].sites["block_out"]) for layer in layers], see):
-        forward(decoder.model, batch)
-    return _on_host([found[layer] for layer in layers])
+def _median(x: torch.Tensor) -> torch.Tensor:
+    """[] of |x|, float32."""
+    return x.float().abs().flatten().median()
 
 
 def _on_host(tensors: Sequence[torch.Tensor]) -> NDArray[Any]:
