@@ -20,6 +20,7 @@ ORDER = (
     "provenance",
     "inputs",
     "statistics",
+    "quantisation",
     "locate",
     "paired",
     "jsonl",
