@@ -14,6 +14,7 @@ from melayer.version import __version__
 
 if TYPE_CHECKING:
     from melayer.answers import AnswersResult, answers
+    from melayer.baked_prefix import BakedPrefix
     from melayer.comparators import CapWrite, FlatGamma, RemoveNeurons, SetMassive
     from melayer.contrast import ContrastResult, Measured, contrast, measure
     from melayer.errors import ArchitectureError, InputError, MelayerError, ModelError, OutputError, TrainingError
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
     from melayer.mask import WeMask, fixed_prefix
     from melayer.models import Loaded, load
     from melayer.perplexity import PerplexityResult, perplexity
-    from melayer.report import write_contrast_report, write_eval_report, write_report, write_tune_report
+    from melayer.quant_check import QuantCheckResult, quant_check
+    from melayer.report import (
+        write_contrast_report,
+        write_eval_report,
+        write_quant_report,
+        write_report,
+        write_tune_report,
+    )
     from melayer.rigidity import RigidityResult, rigidity
     from melayer.sinks import SinksResult, sinks
     from melayer.sweep import SweepResult, sweep
@@ -53,6 +61,9 @@ _HOMES = {
     "SetMassive": "melayer.comparators",
     "perplexity": "melayer.perplexity",
     "PerplexityResult": "melayer.perplexity",
+    "quant_check": "melayer.quant_check",
+    "QuantCheckResult": "melayer.quant_check",
+    "BakedPrefix": "melayer.baked_prefix",
     "sweep": "melayer.sweep",
     "SweepResult": "melayer.sweep",
     "evaluate": "melayer.evaluate",
@@ -70,6 +81,7 @@ _HOMES = {
     "ContrastResult": "melayer.contrast",
     "write_tune_report": "melayer.report",
     "write_contrast_report": "melayer.report",
+    "write_quant_report": "melayer.report",
     "write_report": "melayer.report",
     "write_eval_report": "melayer.report",
     "MelayerError": "melayer.errors",
@@ -83,6 +95,7 @@ _HOMES = {
 __all__ = [
     "AnswersResult",
     "ArchitectureError",
+    "BakedPrefix",
     "CapWrite",
     "ContrastResult",
     "Criterion",
@@ -97,6 +110,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "PerplexityResult",
+    "QuantCheckResult",
     "RemoveNeurons",
     "RigidityResult",
     "SetMassive",
@@ -119,6 +133,7 @@ __all__ = [
     "locate",
     "measure",
     "perplexity",
+    "quant_check",
     "rigidity",
     "select",
     "sft",
@@ -126,6 +141,7 @@ __all__ = [
     "sweep",
     "write_contrast_report",
     "write_eval_report",
+    "write_quant_report",
     "write_report",
     "write_tune_report",
 ]

@@ -4,8 +4,16 @@ from melayer.report.page import (
     check_writable,
     write_contrast_report,
     write_eval_report,
+    write_quant_report,
     write_report,
     write_tune_report,
 )
 
-__all__ = ["check_writable", "write_contrast_report", "write_eval_report", "write_report", "write_tune_report"]
+__all__ = [
+    "check_writable",
+    "write_contrast_report",
+    "write_eval_report",
+    "write_quant_report",
+    "write_report",
+    "write_tune_report",
+]
