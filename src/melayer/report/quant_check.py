@@ -45,7 +45,8 @@ def _bars(result: QuantCheckResult) -> Plot:
         " ".join(result.conclusions) or "One treatment was measured, so there is nothing to compare.",
         f"Lower is better, and the axis is logarithmic; the dashed line is the unquantised model ({shown(base)}). "
         f"Every bar predicts the same {result.n_predicted:,} tokens of {result.n_sequences} sequences. baked: the "
-        "prefix in full precision and left out of calibration; mask: part of the massive token taken away where attention reads.",
+        "prefix in full precision and left out of calibration; mask: part of the massive token taken "
+        "away where attention reads.",
         {
             "data": data,
             "layout": {
