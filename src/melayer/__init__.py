@@ -14,6 +14,7 @@ from melayer.version import __version__
 
 if TYPE_CHECKING:
     from melayer.answers import AnswersResult, answers
+    from melayer.baked_prefix import BakedPrefix
     from melayer.comparators import CapWrite, FlatGamma, RemoveNeurons, SetMassive
     from melayer.contrast import ContrastResult, Measured, contrast, measure
     from melayer.corpus import Corpus
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from melayer.mask import WeMask, fixed_prefix
     from melayer.models import Loaded, load
     from melayer.perplexity import PerplexityResult, perplexity
+    from melayer.quant_check import QuantCheckResult, quant_check
     from melayer.report import (
         write_contrast_report,
         write_eval_report,
+        write_quant_report,
         write_report,
         write_scan_report,
         write_tune_report,
@@ -72,6 +75,9 @@ _HOMES = {
     "SetMassive": "melayer.comparators",
     "perplexity": "melayer.perplexity",
     "PerplexityResult": "melayer.perplexity",
+    "quant_check": "melayer.quant_check",
+    "QuantCheckResult": "melayer.quant_check",
+    "BakedPrefix": "melayer.baked_prefix",
     "sweep": "melayer.sweep",
     "SweepResult": "melayer.sweep",
     "evaluate": "melayer.evaluate",
@@ -93,6 +99,7 @@ _HOMES = {
     "write_scan_report": "melayer.report",
     "write_tune_report": "melayer.report",
     "write_contrast_report": "melayer.report",
+    "write_quant_report": "melayer.report",
     "write_report": "melayer.report",
     "write_eval_report": "melayer.report",
     "MelayerError": "melayer.errors",
@@ -107,6 +114,7 @@ _HOMES = {
 __all__ = [
     "AnswersResult",
     "ArchitectureError",
+    "BakedPrefix",
     "CapWrite",
     "ContrastResult",
     "Corpus",
@@ -123,6 +131,7 @@ __all__ = [
     "OutputError",
     "PerplexityResult",
     "ProcessError",
+    "QuantCheckResult",
     "RemoveNeurons",
     "RigidityResult",
     "ScanResult",
@@ -147,6 +156,7 @@ __all__ = [
     "locate_frugal",
     "measure",
     "perplexity",
+    "quant_check",
     "rigidity",
     "scan",
     "select",
@@ -155,6 +165,7 @@ __all__ = [
     "sweep",
     "write_contrast_report",
     "write_eval_report",
+    "write_quant_report",
     "write_report",
     "write_scan_report",
     "write_tune_report",

@@ -4,6 +4,10 @@ The message is written for the person who typed the command: what was given, wha
 The command line prints it and exits with code 2.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MelayerError(Exception):
     """Base of all errors that melayer raises on purpose."""
@@ -35,3 +39,17 @@ class ProcessError(MelayerError):
 
 class MelayerWarning(UserWarning):
     """Something that does not make the answer wrong, but that its reader has to know."""
+
+
+@contextmanager
+def collected() -> Iterator[list[str]]:
+    """Our own warnings inside the context become a list, once each; others go their way."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MelayerWarning)
+        yield said
+    for warning in caught:
+        if not issubclass(warning.category, MelayerWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif str(warning.message) not in said:
+            said.append(str(warning.message))

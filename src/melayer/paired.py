@@ -196,6 +196,35 @@ def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(comparison, p_holm=p) for comparison, p in zip(comparisons, adjusted, strict=True)]
 
 
+def interval(
+    base: Sequence[float],
+    other: Sequence[float],
+    sizes: Sequence[float],
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """The difference `other - base` of a score and both ends of its paired bootstrap interval, as in `compare`.
+
+    Args:
+        base: Each item's sum over its parts under the first variant.
+        other: The same items under the other variant, in the same order.
+        sizes: Each item's number of parts.
+        level: Of confidence.
+        resamples: Of the bootstrap.
+        seed: Of its draw.
+
+    Example:
+        >>> interval([1.0, 2.0], [2.0, 3.0], [1, 1])
+        (1.0, 1.0, 1.0)
+    """
+    size = np.asarray(sizes, dtype=np.float64)
+    change = np.asarray(other, dtype=np.float64) - np.asarray(base, dtype=np.float64)
+    low, high = _bootstrap(change, size, level, resamples, np.random.default_rng([seed, 0]))
+    return float(change.sum() / size.sum()), low, high
+
+
 _AT_ONCE = 2_000_000
 """Random numbers held at a time."""
 

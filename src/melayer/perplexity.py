@@ -20,7 +20,7 @@ from melayer.provenance import ModelInfo, describe
 from melayer.version import __version__
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 _LOGITS = 2**25  # values in one chunk of logits: 128 MB in float32, whatever the vocabulary
 
@@ -92,7 +92,7 @@ def perplexity(
     )
     total, done = 0.0, 0
     for batch in batches(rows, max_batch_tokens=max_batch_tokens):
-        total += float(_losses(decoder, batch).double().sum())
+        total += float(losses(decoder, batch).double().sum())
         done += sum(batch.lengths)
         if progress is not None:
             progress(done, T * len(rows))
@@ -117,8 +117,10 @@ def perplexity(
     )
 
 
-def _losses(decoder: Decoder, batch: Batch) -> torch.Tensor:
+def losses(decoder: Decoder, batch: Batch, *, cache: Cache | None = None) -> torch.Tensor:
     """[predicted tokens] the negative log-likelihoods of a batch of equally long rows, float32 on the host.
+
+    With a cache, the rows go on from what it holds, one row of it for each.
 
     The blocks run once. The logits are then made a chunk at a time by handing stretches of what the head read to
     the model's own forward pass, called on a single token: so capping and scaling of logits are the family's.
@@ -141,7 +143,10 @@ def _losses(decoder: Decoder, batch: Batch) -> torch.Tensor:
     ids = batch.ids.to(device)
     found = []
     with hooks.measuring(model), hooks.edit([(0, Point(decoder.head, "input"))], swap):
-        first = model(ids, attention_mask=batch.attention_mask.to(device), use_cache=False).logits
+        if cache is None:
+            first = model(ids, attention_mask=batch.attention_mask.to(device), use_cache=False).logits
+        else:
+            first = model(ids, past_key_values=cache, use_cache=True).logits
         states, targets = read[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(first.device)
         step = max(1, _LOGITS // first.shape[-1])
         for start in range(0, len(targets), step):

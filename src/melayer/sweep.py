@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from melayer import architecture, jsonl
-from melayer.errors import InputError, MelayerWarning
+from melayer.errors import InputError, collected
 from melayer.inputs import builtin_texts, encode, windows
 from melayer.locate import Criterion, LocateResult, Progress, locate
 from melayer.mask import Selector, WeMask
@@ -244,12 +243,12 @@ def sweep(
         mask = None
         if selector is not None:
             mask = WeMask.from_located(located, selector=selector, rate=rate, **options)
-        with _collected() as said, nullcontext() if mask is None else mask.apply(model, parts=parts):
+        with collected() as said, nullcontext() if mask is None else mask.apply(model, parts=parts):
             drawn = sinks(
                 model, tokenizer, T=T, epsilon=epsilon, criterion=criterion, progress=bar.part(T * len(rows)), **shared
             )
         # Each context of a mask says once whether it has a target; only the sequences measured above matter.
-        with _collected(), nullcontext() if mask is None else mask.apply(model, parts=parts):
+        with collected(), nullcontext() if mask is None else mask.apply(model, parts=parts):
             predicted = perplexity(model, tokenizer, T=T, progress=bar.part(T * len(rows)), **shared)
             # The least number of first tokens: what they say does not depend on the mask.
             rigid = rigidity(model, tokenizer, located=located, n_first_tokens=2, progress=bar.part(n_texts), **shared)
@@ -330,20 +329,6 @@ def _rate_after(drawn: SinksResult, me_layer: int) -> float | None:
         if rate is not None and alpha is not None
     ]
     return sum(rate * heads for rate, heads in after) / sum(heads for _, heads in after) if after else None
-
-
-@contextmanager
-def _collected() -> Iterator[list[str]]:
-    """Our own warnings inside the context become a list, once each; others go their way."""
-    said: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", MelayerWarning)
-        yield said
-    for warning in caught:
-        if not issubclass(warning.category, MelayerWarning):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        elif str(warning.message) not in said:
-            said.append(str(warning.message))
 
 
 @dataclass(eq=False)

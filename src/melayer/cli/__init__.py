@@ -440,6 +440,50 @@ def compare_command(
         run_compare(first, second, as_json=as_json, out=out)
 
 
+@app.command("quant-check")
+@flat
+def quant_check_command(
+    model: Model,
+    formats: Annotated[str, typer.Option(help="Of int8, fp8 and int4.")] = "int8,fp8,int4",
+    granularities: Annotated[
+        str, typer.Option(help="Of per-tensor, per-token and per-channel.")
+    ] = "per-tensor,per-token,per-channel",
+    treatments: Annotated[
+        str | None, typer.Option(help="Of plain, baked, baked+mask and mask; default: all that are possible.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Texts for the scales; default: every other sequence of the texts.")
+    ] = None,
+    rate: Annotated[float, typer.Option("--mask-rate", help="The share of the dimensions to mask.")] = 0.5,
+    selector: Annotated[str, typer.Option(help="weight, weight-low, activation, activation-low or random.")] = "weight",
+    strength: Annotated[float, typer.Option(help="How much of a masked entry is taken away.")] = 1.0,
+    layers: Annotated[
+        str | None, typer.Option(help="Masked blocks, e.g. 12- or 12,14-20; default: all after the ME layer.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of selector random.")] = 0,
+    prefix: Annotated[
+        str | None, typer.Option(help="What every sequence begins with, and is baked; default: the BOS token.")
+    ] = None,
+    T: Annotated[int, typer.Option("--T", "-T", help="Tokens in each sequence, the prefix counted.")] = 64,
+    n_sequences: Annotated[int, typer.Option(help="Sequences to predict, and to calibrate with, at most.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Directory for a report, the scales and the baked prefixes.")] = None,
+    *,
+    options: Options,
+) -> None:
+    """Measure what quantised activations cost, and how much of it the massive token is to blame for.
+
+    Example: [bold]melayer quant-check demo --formats int8 --out demo-quant[/]
+    """
+    with session(options.output.debug):
+        from melayer.cli.quantising import run_quant_check
+
+        given: dict[str, Any] = {"formats": _items(formats), "granularities": _items(granularities)}
+        given |= {"treatments": None if treatments is None else _items(treatments)}
+        given |= {"rate": rate, "selector": selector, "strength": strength, "seed": seed}
+        given |= {"T": T, "n_sequences": n_sequences}
+        run_quant_check(model, options, calibration=calibration, prefix=prefix, layers=layers, out=out, given=given)
+
+
 @app.command("contrast")
 @flat
 def contrast_command(

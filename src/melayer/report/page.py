@@ -19,6 +19,7 @@ from melayer.report.contrast import section as contrast_section
 from melayer.report.evaluate import section as evaluate_section
 from melayer.report.explain import section as explain_section
 from melayer.report.locate import section as locate_section
+from melayer.report.quant_check import section as quant_check_section
 from melayer.report.rigidity import section as rigidity_section
 from melayer.report.scan import section as scan_section
 from melayer.report.sections import Plot, Section
@@ -34,6 +35,7 @@ from melayer.version import __version__
 if TYPE_CHECKING:
     from melayer.contrast import ContrastResult
     from melayer.evaluate import EvalResult
+    from melayer.quant_check import QuantCheckResult
     from melayer.scan_result import ScanResult
     from melayer.training import TuneResult
 
@@ -256,6 +258,35 @@ def write_scan_report(result: ScanResult, out: str | Path, *, command: str | Non
         ("Versions", ", ".join(f"{what} {number}" for what, number in versions().items())),
     ]
     return _one_section(out, scan_section(result), model.name, result.notes, facts, {"scan": result.to_dict()}, command)
+
+
+def write_quant_report(result: QuantCheckResult, out: str | Path, *, command: str | None = None) -> Written:
+    """Writes a quantisation check's `report.html` and `report.json` into `out`; each appears whole or not at all.
+
+    Args:
+        result: What `quant_check` found.
+        out: A directory; made if it is missing.
+        command: The command that made it, for its provenance.
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out)
+    model, settings = result.model, result.settings
+    mask = settings["mask"]
+    shown = "none" if mask is None else f"{mask['selector']} {mask['rate']:g}, strength {mask['strength']:g}"
+    facts = [
+        ("Model", f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}"),
+        ("Texts", f"{settings['texts']}: {result.n_sequences} sequences of T = {result.T}"),
+        ("Calibration", f"{settings['calibration']}: {result.n_calibration} sequences"),
+        ("Prefix", f"{list(result.prefix.ids)}"),
+        ("Mask", shown),
+        ("Left as it is", settings["left_unquantised"]),
+        ("Versions", ", ".join(f"{what} {number}" for what, number in versions().items())),
+    ]
+    values = {"quant_check": result.to_dict()}
+    return _one_section(out, quant_check_section(result), model.name, result.notes, facts, values, command)
 
 
 def _one_section(

@@ -5,6 +5,7 @@ from melayer.terminal.contrast import show_contrast
 from melayer.terminal.evaluate import show_eval
 from melayer.terminal.explain import show_explain
 from melayer.terminal.locate import show_locate
+from melayer.terminal.quant_check import show_quant_check
 from melayer.terminal.rigidity import show_rigidity
 from melayer.terminal.scan import show_scan
 from melayer.terminal.sinks import show_sinks
@@ -18,6 +19,7 @@ __all__ = [
     "show_eval",
     "show_explain",
     "show_locate",
+    "show_quant_check",
     "show_rigidity",
     "show_scan",
     "show_sinks",

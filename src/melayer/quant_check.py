@@ -1,0 +1,802 @@
+"""What quantised activations cost a model, and how much of that the massive token is to blame for."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from melayer import hooks
+from melayer.architecture import Decoder
+from melayer.baked_prefix import BakedPrefix
+from melayer.calibration import GRANULARITIES, Granularity, Maxima, ScaleSet, maxima, write_scales
+from melayer.errors import InputError, collected
+from melayer.inputs import Batch, Row, batches, builtin_texts, encode, token_text
+from melayer.linear_inputs import LinearInput, linear_inputs, readers, short
+from melayer.locate import Criterion, Progress, find_me_layer, forward, summaries_of
+from melayer.mask import MadeFor, Selector, WeMask
+from melayer.masking import free
+from melayer.paired import LEVEL, interval
+from melayer.perplexity import losses
+from melayer.provenance import ModelInfo, describe
+from melayer.quantisation import FORMATS, Format, quantised, scales
+from melayer.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Treatment = Literal["plain", "baked", "baked+mask", "mask"]
+TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
+_BAKED: tuple[Treatment, ...] = ("baked", "baked+mask")
+_MASKED: tuple[Treatment, ...] = ("baked+mask", "mask")
+_WITHOUT_MASK: Mapping[Treatment, Treatment] = {"mask": "plain", "baked+mask": "baked"}
+
+_FEW = 10
+"""Fewer sequences than this make a rough interval."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two mean log-losses of the same tokens, in nats a token; more is worse."""
+
+    value: float
+    low: float | None
+    """Ends of the paired bootstrap interval by sequence; None with a single sequence."""
+    high: float | None
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well the model predicts. None where a loss is not finite."""
+
+    nll: float | None
+    """Mean negative log-likelihood of a predicted token, in nats."""
+    perplexity: float | None
+    by_sequence: tuple[float | None, ...] = field(repr=False)
+    """The sum over each sequence's tokens, in nats."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to quantise, and what it does."""
+
+    format: Format
+    granularity: Granularity
+    treatment: Treatment
+    score: Score
+    cost: Difference | None
+    """Against the unquantised model; None where the loss is not finite, here and below."""
+    against_plain: Difference | None
+    """Against the same grid and granularity without any treatment."""
+    by_mask: Difference | None
+    """Of a masked treatment against the same without the mask."""
+    error: tuple[float | None, ...]
+    """For each linear input sqrt(sum (x - Q(x))^2 / sum x^2) over the ordinary tokens behind the prefix."""
+    error_apart: tuple[float | None, ...]
+    """The same over the prefix, where it runs quantised, and the massive tokens elsewhere."""
+
+    @property
+    def label(self) -> str:
+        """What to call it."""
+        return f"{self.format} {self.granularity} {self.treatment}"
+
+    @property
+    def median_error(self) -> float | None:
+        """Over the linear inputs."""
+        known = [value for value in self.error if value is not None]
+        return float(np.median(known)) if known else None
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """One linear input as the result names it."""
+
+    layer: int
+    paths: tuple[str, ...]
+    width: int
+
+    @property
+    def label(self) -> str:
+        """What to call it."""
+        return f"block {self.layer} {short(self.paths)}"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What every sequence begins with."""
+
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    massive: tuple[bool, ...]
+    """Of each token, in the plain model."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """The massive tokens behind the prefix, which a fixed prefix cannot hold."""
+
+    n: int
+    n_tokens: int
+    """Tokens behind the prefix in all."""
+
+
+@dataclass(frozen=True)
+class QuantCheckResult:
+    """What `quant_check` found. Layers are 0-based."""
+
+    model: ModelInfo
+    settings: dict[str, Any]
+    me_layer: int | None
+    T: int
+    n_sequences: int
+    n_calibration: int
+    n_predicted: int
+    """Tokens that every setting predicts, the same for each."""
+    prefix: Prefix
+    elsewhere: Mapping[str, Elsewhere]
+    """Of the `calibration` and the `evaluation` sequences."""
+    unquantised: Score
+    unquantised_mask: Score | None
+    """Under the mask; None where no treatment has one."""
+    inputs: tuple[InputRow, ...]
+    rows: tuple[Setting, ...]
+    """By format, granularity and treatment, in the order asked for."""
+    notes: tuple[str, ...]
+    linear_inputs: tuple[LinearInput, ...] = field(compare=False, repr=False)
+    calibrated: Mapping[ScaleSet, tuple[torch.Tensor, ...]] = field(compare=False, repr=False)
+    """The scales of every static setting; not part of `to_dict()`, see `save`."""
+    baked: Mapping[Treatment, BakedPrefix] = field(compare=False, repr=False)
+    """The prefixes of the baked treatments."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain values that JSON can hold; what `--json` prints."""
+        return {
+            "melayer_version": __version__,
+            "model": self.model.to_dict(),
+            "settings": self.settings,
+            "sentence": self.sentence,
+            "me_layer": self.me_layer,
+            "T": self.T,
+            "n_sequences": self.n_sequences,
+            "n_calibration": self.n_calibration,
+            "n_predicted": self.n_predicted,
+            "prefix": asdict(self.prefix),
+            "massive_elsewhere": {key: asdict(found) for key, found in self.elsewhere.items()},
+            "unquantised": asdict(self.unquantised),
+            "unquantised_mask": None if self.unquantised_mask is None else asdict(self.unquantised_mask),
+            "inputs": [asdict(row) for row in self.inputs],
+            "rows": [asdict(row) for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    def find(self, format: str, granularity: str, treatment: str) -> Setting | None:
+        """The setting, if it was measured."""
+        wanted = (format, granularity, treatment)
+        return next((row for row in self.rows if (row.format, row.granularity, row.treatment) == wanted), None)
+
+    def worst(self, row: Setting, n: int = 3) -> list[tuple[InputRow, float]]:
+        """The linear inputs with the largest errors, worst first."""
+        known = [(at, value) for at, value in zip(self.inputs, row.error, strict=True) if value is not None]
+        return sorted(known, key=lambda pair: -pair[1])[:n]
+
+    @property
+    def sentence(self) -> str:
+        """The answer in one sentence, computed from the figures of the first format and granularity."""
+        first = self.rows[0]
+        same = [row for row in self.rows if (row.format, row.granularity) == (first.format, first.granularity)]
+        said = ", ".join(f"{_WORDS[row.treatment]} {shown(row.score.perplexity)}" for row in same)
+        text = (
+            f"Unquantised the perplexity is {shown(self.unquantised.perplexity)}; with {first.format} activations, "
+            f"{_SCALED[first.granularity]}, it is {said}"
+        )
+        worst = self.worst(same[0], 1)
+        if worst:
+            text += f"; the worst site ({same[0].treatment}) is {worst[0][0].label}, off by {worst[0][1]:.1%}"
+        return f"{text}."
+
+    @property
+    def conclusions(self) -> list[str]:
+        """For each format and granularity what baking and the mask change, as far as the intervals show it."""
+        found = []
+        for key in dict.fromkeys((row.format, row.granularity) for row in self.rows):
+            said = [
+                f"{what} {_change(row.against_plain if row.treatment != 'baked+mask' else row.by_mask)}"
+                for row in self.rows
+                if (row.format, row.granularity) == key
+                for what in [_CONCLUDED.get(row.treatment)]
+                if what is not None and (row.by_mask if row.treatment == "baked+mask" else row.against_plain)
+            ]
+            if said:
+                found.append(f"{key[0]} {key[1]}: {'; '.join(said)}.")
+        return found
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Writes the scales of every static setting, and each baked prefix in a directory of the treatment's name.
+
+        Raises:
+            InputError: A prefix cannot be kept as keys and values.
+            OutputError: They cannot be written.
+        """
+        directory = Path(directory)
+        about = {
+            "model": self.model.to_dict(),
+            "T": self.T,
+            "left_out": {
+                of: [
+                    *([f"the prefix {list(self.prefix.ids)}"] if of in _BAKED else []),
+                    *([f"{self.elsewhere['calibration'].n} massive tokens elsewhere"] if of in _BAKED else []),
+                ]
+                for of in self.settings["treatments"]
+            },
+            "prefix": asdict(self.prefix),
+            "mask": self.settings["mask"],
+            "calibration": self.settings["calibration"],
+        }
+        written = []
+        if self.calibrated:
+            written.append(write_scales(directory, self.linear_inputs, self.calibrated, about))
+        for treatment, prefix in self.baked.items():
+            written.append(prefix.save(directory / treatment))
+        return written
+
+
+_WORDS: Mapping[Treatment, str] = {
+    "plain": "as it is",
+    "baked": "with the prefix baked",
+    "baked+mask": "with the prefix baked under the mask",
+    "mask": "under the mask",
+}
+_SCALED: Mapping[Granularity, str] = {
+    "per-tensor": "one static scale a tensor",
+    "per-token": "a scale for each token",
+    "per-channel": "one static scale a channel",
+}
+_CONCLUDED: Mapping[Treatment, str] = {
+    "baked": "baking the prefix",
+    "mask": "the mask alone",
+    "baked+mask": "the mask beside baking",
+}
+
+
+def shown(perplexity: float | None) -> str:
+    """A perplexity for people; quantised models may reach any size."""
+    if perplexity is None:
+        return "not finite"
+    return f"{perplexity:,.2f}" if perplexity < 1e5 else f"{perplexity:.1e}"
+
+
+def _change(found: Difference | None) -> str:
+    assert found is not None
+    ends = "" if found.low is None else f" ({found.low:+.3f} to {found.high:+.3f})"
+    size = f"{abs(found.value):.3f} nats a token{ends}"
+    if not found.shown:
+        return f"shows no difference ({found.value:+.3f} nats a token{ends.replace('(', 'interval ').rstrip(')')})"
+    return f"{'gives back' if found.value < 0 else 'costs'} {size}"
+
+
+# --- the measurement -----------------------------------------------------------------------------------------------
+
+
+def quant_check(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    texts: Sequence[str] | None = None,
+    calibration: Sequence[str] | None = None,
+    formats: Sequence[str] = ("int8", "fp8", "int4"),
+    granularities: Sequence[str] = GRANULARITIES,
+    treatments: Sequence[str] | None = None,
+    mask: WeMask | None = None,
+    rate: float = 0.5,
+    selector: Selector = "weight",
+    strength: float = 1.0,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    prefix: Sequence[int] | None = None,
+    T: int = 64,
+    n_sequences: int = 32,
+    bos: bool | None = None,
+    criterion: Criterion | None = None,
+    max_batch_tokens: int = 2048,
+    parts: Mapping[str, str] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> QuantCheckResult:
+    """The perplexity with simulated quantised activations, with and without the massive token in their way.
+
+    What every linear map inside the blocks reads is rounded to a grid and back (not what the head reads, no weight
+    and no key or value). Each sequence is the prefix and T - len(prefix) tokens of a text; each setting predicts the
+    same tokens, from the second behind the prefix on.
+
+    Args:
+        model: A causal language model from transformers. It is bit-identical afterwards.
+        tokenizer: The model's.
+        texts: What to predict; by default a small varied set that melayer brings along.
+        calibration: What static scales are read from; by default every other sequence of `texts`, which then is not
+            predicted.
+        formats: Of int8, fp8 and int4.
+        granularities: Of per-tensor, per-token and per-channel.
+        treatments: Of plain, baked, baked+mask and mask; by default all that this model has something for.
+        mask: The mask; by default one of the next five options on the blocks after the ME layer.
+        rate: The share of the dimensions, see `WeMask`.
+        selector: How they are chosen.
+        strength: How much of a masked entry is taken away.
+        layers: The masked blocks; by default all with softmax attention after the ME layer.
+        seed: Of selector `random`.
+        prefix: The ids that every sequence begins with and that the baked treatments bake; by default the
+            begin-of-sequence token, where there is one.
+        T: Tokens in each sequence, the prefix counted.
+        n_sequences: Sequences to predict, and to calibrate with, at most.
+        bos: Whether the prefix is the begin-of-sequence token, where none is given; None: if the tokenizer has one.
+        criterion: What counts as massive, and as the ME layer, which is found in the calibration sequences.
+        max_batch_tokens: Tokens in one forward pass.
+        parts: Names of parts that `architecture.read` does not find by itself.
+        name: What to call the model in the result.
+        progress: Called with the tokens done and the tokens in all.
+
+    Raises:
+        InputError: The texts or the options make no measurement, the mask does not fit, or the model is quantised.
+        ArchitectureError: A part of the model was not found.
+
+    Example:
+        >>> result = melayer.quant_check(model, tokenizer, formats=["int8"])  # doctest: +SKIP
+        >>> print(result.sentence)  # doctest: +SKIP
+    """
+    kinds = [
+        known("format", formats, FORMATS),
+        known("granularity", granularities, GRANULARITIES),
+        known("treatment", TREATMENTS if treatments is None else treatments, TREATMENTS),
+    ]
+    decoder = free(model, parts)
+    if mask is not None:
+        with collected(), mask.apply(model, parts=parts):
+            pass
+    found = linear_inputs(decoder)
+    ids = _prefix(decoder, tokenizer, prefix, bos)
+    held, predicted = _sequences(decoder, tokenizer, texts, calibration, ids, T, n_sequences)
+    notes = list(found.notes)
+    criterion = criterion or Criterion()
+    n_masked = int(treatments is None or any(of in _MASKED for of in kinds[2]))
+    total = T * (len(held) * (2 + n_masked) + len(predicted) * (1 + n_masked + _product(kinds)))
+    bar = _Bar(progress, total)
+    shared = {"max_batch_tokens": max_batch_tokens}
+
+    me_layer, above, apart = _massive(decoder, held, criterion, bar.part(T * len(held)), max_batch_tokens)
+    chosen, said = _possible(kinds[2], treatments is not None, me_layer, mask, bool(ids))
+    notes += said
+    masking = any(of in _MASKED for of in chosen)
+    if mask is None and masking:
+        assert me_layer is not None
+        info = describe(decoder, name)
+        mask = WeMask(
+            rate=rate,
+            selector=selector,
+            strength=strength,
+            layers=None if layers is None else tuple(layers),
+            seed=seed,
+            me_layer=me_layer,
+            massive_above=above,
+            made_for=MadeFor(info.family, info.n_layers, info.d_model, info.fingerprint),
+        )
+    worn = mask if masking else None
+    with collected() as said:
+        # Before any long run: whatever is wrong with a mask is wrong now.
+        baked = {of: BakedPrefix.of(model, ids, worn if of in _MASKED else None) for of in _BAKED if of in chosen}
+        apart[:, : len(ids)] = True
+        calibrated: dict[bool, Maxima] = {}
+        for masked in sorted({of in _MASKED for of in chosen}):
+            with worn.apply(model, parts=parts) if worn and masked else nullcontext():
+                calibrated[masked] = maxima(
+                    decoder, found.found, held, apart, progress=bar.part(T * len(held)), **shared
+                )
+        run = _Run(decoder, found.found, predicted, len(ids), max_batch_tokens)
+        plain, flags = run.massive(me_layer, above, bar.part(T * len(predicted)))
+        under = None
+        if worn is not None:
+            with worn.apply(model, parts=parts):
+                under = run.scored(bar.part(T * len(predicted)))
+        measured: list[Setting] = []
+        sets: dict[ScaleSet, tuple[torch.Tensor, ...]] = {}
+        for format in kinds[0]:
+            for granularity in kinds[1]:
+                for treatment in chosen:
+                    of = ScaleSet(treatment, format, granularity)
+                    grid = calibrated[treatment in _MASKED].scales(format, granularity, left_out=treatment in _BAKED)
+                    if grid is not None:
+                        sets[of] = grid
+                    rounding = Rounding(found.found, format, grid, flags)
+                    # Where the prefix is baked, the mask is in its keys and values and nowhere else.
+                    hooked = worn.apply(model, parts=parts) if worn and treatment == "mask" else nullcontext()
+                    with hooked:
+                        score = run.scored(bar.part(T * len(predicted)), rounding, baked.get(treatment))
+                    measured.append(
+                        Setting(format, granularity, treatment, score, None, None, None, *rounding.errors())
+                    )
+    notes += said
+    elsewhere = {
+        "calibration": Elsewhere(int(apart[:, len(ids) :].sum()), apart[:, len(ids) :].numel()),
+        "evaluation": Elsewhere(int(flags[:, len(ids) :].sum()), flags[:, len(ids) :].numel()),
+    }
+    start = Prefix(
+        tuple(ids),
+        tuple(token_text(tokenizer, token) for token in ids),
+        tuple(bool(flag) for flag in run.prefix_massive),
+    )
+    notes += _remarks(me_layer, start, elsewhere, len(predicted), bool(baked))
+    sizes = [T - len(ids) - 1] * len(predicted)
+    return QuantCheckResult(
+        model=describe(decoder, name),
+        settings={
+            "formats": list(kinds[0]),
+            "granularities": list(kinds[1]),
+            "treatments": list(chosen),
+            "texts": "built-in" if texts is None else "given",
+            "calibration": "every other sequence of the texts" if calibration is None else "given",
+            "mask": None if worn is None else asdict(worn),
+            "bos": {"asked": bos, "is_prefix": list(ids) == [tokenizer.bos_token_id]},
+            "criterion": asdict(criterion),
+            "massive_above": above,
+            "level": LEVEL,
+            "left_unquantised": "the head, weights, keys and values",
+            "layers_counted_from": 0,
+        },
+        me_layer=me_layer,
+        T=T,
+        n_sequences=len(predicted),
+        n_calibration=len(held),
+        n_predicted=sum(sizes),
+        prefix=start,
+        elsewhere=elsewhere,
+        unquantised=plain,
+        unquantised_mask=under,
+        inputs=tuple(InputRow(at.layer, at.paths, at.width) for at in found.found),
+        rows=tuple(_compared(measured, plain, sizes)),
+        notes=tuple(dict.fromkeys(notes)),
+        linear_inputs=found.found,
+        calibrated=sets,
+        baked=baked,
+    )
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Rounding:
+    """Every linear input of the forward passes inside its context on a grid, and how far off that is."""
+
+    inputs: Sequence[LinearInput]
+    format: Format
+    scales: Sequence[torch.Tensor] | None
+    """[] or [d] for each linear input; None: each token's own."""
+    apart: torch.Tensor
+    """[n_sequences, T] the tokens whose errors are counted apart: the prefix and the massive ones."""
+    sums: dict[int, torch.Tensor] = field(default_factory=dict)
+    """For each input [4]: squared errors and squares of the ordinary tokens, then of those apart; float64, host."""
+
+    @contextmanager
+    def of(self, batch: Batch) -> Iterator[None]:
+        """The forward pass of a batch runs inside; its tokens may be the last of each sequence only."""
+        width = batch.ids.shape[1]
+        apart = self.apart[[row.index for row in batch.rows], -width:].flatten()
+        found: dict[int, torch.Tensor] = {}
+        last: list[torch.Tensor] = []
+
+        def change(place: int, x: torch.Tensor) -> torch.Tensor | None:
+            if x.shape[:-1].numel() != len(apart):
+                return None  # the single token with which the head is called for its logits
+            if last and last[0] is x:  # rounded already, for another map that reads it
+                return last[1]
+            flat = x.float().reshape(-1, x.shape[-1])
+            scale = (
+                scales(flat.abs().amax(dim=-1, keepdim=True), self.format)
+                if self.scales is None
+                else self.scales[place].to(x.device)
+            )
+            rounded = quantised(flat, scale, self.format)
+            there = apart.to(x.device)
+            rows = [(rounded - flat).square_().sum(dim=-1), flat.square().sum(dim=-1)]
+            found[place] = torch.stack([of.where(keep, 0).sum() for keep in (~there, there) for of in rows])
+            last[:] = [x, rounded.reshape(x.shape).to(x.dtype)]
+            return last[1]
+
+        with hooks.edit(readers(self.inputs), change):
+            yield
+        for place, sums in found.items():
+            self.sums[place] = self.sums.get(place, 0) + sums.double().cpu()
+
+    def errors(self) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
+        """For each linear input the relative error over the ordinary tokens, and over those apart."""
+        both = []
+        for start in (0, 2):
+            of = [self.sums[place][start : start + 2].tolist() for place in range(len(self.inputs))]
+            both.append(tuple(math.sqrt(e / s) if s > 0 and math.isfinite(e / s) else None for e, s in of))
+        return both[0], both[1]
+
+
+@dataclass(eq=False)
+class _Run:
+    """The evaluation sequences, run again for every setting."""
+
+    decoder: Decoder
+    inputs: Sequence[LinearInput]
+    rows: Sequence[Row]
+    n_prefix: int
+    max_batch_tokens: int
+    prefix_massive: tuple[bool, ...] = ()
+
+    def scored(
+        self, progress: Progress | None, rounding: Rounding | None = None, baked: BakedPrefix | None = None
+    ) -> Score:
+        """The losses of the tokens from the second behind the prefix on, whatever runs before them."""
+        found: dict[int, float] = {}
+        done, total = 0, sum(map(len, self.rows))
+        for batch in batches(self.rows, max_batch_tokens=self.max_batch_tokens):
+            used, cache = batch, None
+            if baked is not None:
+                cache = baked.rows(len(batch.rows))
+                used = replace(
+                    batch, ids=batch.ids[:, self.n_prefix :], attention_mask=batch.attention_mask[:, self.n_prefix :]
+                )
+            with rounding.of(used) if rounding is not None else nullcontext():
+                loss = losses(self.decoder, used, cache=cache).reshape(len(batch.rows), -1)
+            kept = loss if baked is not None else loss[:, self.n_prefix :]
+            for row, value in zip(batch.rows, kept.double().sum(dim=1).tolist(), strict=True):
+                found[row.index] = value
+            done += sum(batch.lengths)
+            if progress is not None:
+                progress(done, total)
+        return _score([found[row.index] for row in self.rows], len(self.rows[0]) - self.n_prefix - 1)
+
+    def massive(self, me_layer: int | None, above: float, progress: Progress | None) -> tuple[Score, torch.Tensor]:
+        """The unquantised score, and [n_sequences, T] the prefix and the massive tokens behind it."""
+        flags = torch.zeros(len(self.rows), len(self.rows[0]), dtype=torch.bool)
+        if me_layer is not None:
+            largest: list[torch.Tensor] = []
+            point = self.decoder.blocks[me_layer].sites["block_out"]
+            for batch in batches(self.rows, max_batch_tokens=self.max_batch_tokens):
+                with hooks.watch([(0, point)], lambda _, x: largest.append(x.abs().amax(dim=-1).float().cpu())):
+                    forward(self.decoder.model, batch)
+                flags[[row.index for row in batch.rows]] = largest.pop() > above
+        self.prefix_massive = tuple(flags[:, : self.n_prefix].all(dim=0).tolist())
+        score = self.scored(progress)
+        if any(value is None for value in score.by_sequence):
+            raise InputError(
+                "The texts cannot be predicted: the log-losses of the unquantised model are not finite. Load the "
+                "model in a wider dtype, or see melayer locate."
+            )
+        flags[:, : self.n_prefix] = True
+        return score, flags
+
+
+def _score(by_sequence: Sequence[float], size: int) -> Score:
+    values = tuple(value if math.isfinite(value) else None for value in by_sequence)
+    nll = sum(by_sequence) / (size * len(by_sequence))
+    if not nll < 700:  # e^700 is about the largest number that there is
+        return Score(None, None, values)
+    return Score(nll, math.exp(nll), values)
+
+
+def _compared(rows: Sequence[Setting], plain: Score, sizes: Sequence[int]) -> Iterator[Setting]:
+    by_key = {(row.format, row.granularity, row.treatment): row for row in rows}
+    for row in rows:
+        untreated = by_key.get((row.format, row.granularity, "plain"))
+        unmasked = by_key.get((row.format, row.granularity, _WITHOUT_MASK.get(row.treatment, "plain")))
+        yield replace(
+            row,
+            cost=_difference(plain, row.score, sizes),
+            against_plain=_difference(untreated.score, row.score, sizes) if untreated and untreated != row else None,
+            by_mask=_difference(unmasked.score, row.score, sizes) if unmasked and row.treatment in _MASKED else None,
+        )
+
+
+def _difference(base: Score, other: Score, sizes: Sequence[int]) -> Difference | None:
+    pairs = [(b, o) for b, o in zip(base.by_sequence, other.by_sequence, strict=True) if b is not None is not o]
+    first, second = [b for b, _ in pairs if b is not None], [o for _, o in pairs if o is not None]
+    if not (len(first) == len(second) == len(sizes)):
+        return None
+    value, low, high = interval(first, second, sizes)
+    return Difference(value, low, high) if len(sizes) > 1 else Difference(value, None, None)
+
+
+# --- what is run ---------------------------------------------------------------------------------------------------
+
+
+def known(what: str, given: Sequence[str], among: Sequence[Any]) -> tuple[Any, ...]:
+    """The names given, once each.
+
+    Raises:
+        InputError: There is none, or one is not among those that there are.
+    """
+    if not given:
+        raise InputError(f"There is no {what} to measure. Give some of {', '.join(among)}.")
+    for name in given:
+        if name not in among:
+            near = difflib.get_close_matches(str(name), among, 1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"There is no {what} {name!r}; expected some of {', '.join(among)}.{meant}")
+    return tuple(dict.fromkeys(given))
+
+
+def _prefix(
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, given: Sequence[int] | None, bos: bool | None
+) -> list[int]:
+    if given is None:
+        if bos and tokenizer.bos_token_id is None:
+            raise InputError("This tokenizer has no begin-of-sequence token. Give a prefix, or leave the choice to it.")
+        return [] if bos is False or tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    ids, size = [int(token) for token in given], decoder.model.get_input_embeddings().weight.shape[0]
+    for token in ids:
+        if not 0 <= token < size:
+            raise InputError(f"The prefix has id {token}, but the model has tokens 0 to {size - 1}.")
+    if not ids:
+        raise InputError("The prefix is empty. Give at least one token, or none at all for the tokenizer's own.")
+    return ids
+
+
+def _sequences(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str] | None,
+    calibration: Sequence[str] | None,
+    prefix: Sequence[int],
+    T: int,
+    n: int,
+) -> tuple[list[Row], list[Row]]:
+    """The sequences to calibrate with and those to predict, none of them in both."""
+    if len(prefix) + 2 > T:
+        raise InputError(
+            f"The length T is {T}; expected at least {len(prefix) + 2}: the prefix ({len(prefix)}), a token and the "
+            "next one to predict."
+        )
+    if decoder.max_positions is not None and decoder.max_positions < T:
+        raise InputError(
+            f"Sequences of T = {T} tokens were asked for, but the model has {decoder.max_positions} positions. Give a "
+            f"T of at most {decoder.max_positions}."
+        )
+    if n < 1:
+        raise InputError(f"n_sequences is {n}; expected at least 1.")
+    if calibration is None:
+        cut = _cut(tokenizer, builtin_texts() if texts is None else texts, prefix, T, 2 * n)
+        if len(cut) < 2:
+            raise InputError(
+                f"The texts make one sequence of T = {T} tokens; expected at least two, one to calibrate with and one "
+                "to predict. Give longer texts, a smaller T, or calibration texts."
+            )
+        held, predicted = cut[::2], cut[1::2]
+    else:
+        held = _cut(tokenizer, calibration, prefix, T, n)
+        predicted = _cut(tokenizer, builtin_texts() if texts is None else texts, prefix, T, n)
+    known_ids = {row.ids for row in held}
+    for row in predicted:
+        if row.ids in known_ids:
+            raise InputError(
+                f"A sequence to predict ({row.text[:30]!r}…) is among those to calibrate with, so its scales would be "
+                "its own. Give calibration texts that are not among the texts."
+            )
+    return [[replace(row, index=place) for place, row in enumerate(rows)] for rows in (held, predicted)]  # type: ignore[return-value]
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prefix: Sequence[int], T: int, n: int) -> list[Row]:
+    found: list[Row] = []
+    longest, step = 0, T - len(prefix)
+    for row in encode(tokenizer, texts, max_tokens=sys.maxsize, bos=False):
+        longest = max(longest, len(row))
+        for start in range(0, len(row) - step + 1, step):
+            found.append(replace(row, ids=(*prefix, *row.ids[start : start + step]), tokens=(), has_bos=False))
+            if len(found) == n:
+                return found
+    if not found:
+        raise InputError(
+            f"No text has the {step} tokens that a sequence of T = {T} takes behind the prefix; the longest has "
+            f"{longest}. Give longer texts, or a T of at most {longest + len(prefix)}."
+        )
+    return found
+
+
+def _massive(
+    decoder: Decoder, rows: Sequence[Row], criterion: Criterion, progress: Progress | None, max_batch_tokens: int
+) -> tuple[int | None, float, torch.Tensor]:
+    """The ME layer, what a token must exceed there to be massive, and [n_sequences, T] which do."""
+    largest: dict[int, dict[int, torch.Tensor]] = {}
+    points = [(block.layer, block.sites["block_out"]) for block in decoder.blocks]
+
+    @contextmanager
+    def listening(batch: Batch) -> Iterator[None]:
+        def see(layer: int, hidden: torch.Tensor) -> None:
+            for row, values in zip(batch.rows, hidden.abs().amax(dim=-1).float().cpu(), strict=True):
+                largest.setdefault(layer, {})[row.index] = values
+
+        with hooks.watch(points, see):
+            yield
+
+    found = summaries_of(
+        decoder, rows, criterion, k=1, max_batch_tokens=max_batch_tokens, progress=progress, around=listening
+    )
+    for row in rows:
+        bad = found[row.index].n_non_finite.nonzero()[0]
+        if len(bad):
+            raise InputError(
+                f"The activations are not finite from the output of block {int(bad[0]) - 1} on, so they have no scale. "
+                "Load the model in a wider dtype, or see melayer locate."
+            )
+    holding = np.stack([found[row.index].n_massive[1:] > 0 for row in rows])
+    at = find_me_layer(holding, criterion)
+    if at is None:
+        return None, 0.0, torch.zeros(len(rows), len(rows[0]), dtype=torch.bool)
+    top = max(rows, key=lambda row: abs(float(found[row.index].values[at + 1, 0])))
+    above = max(criterion.min_abs, criterion.min_ratio * float(found[top.index].median_abs[at + 1]))
+    return at, above, torch.stack([largest[at][row.index] for row in rows]) > above
+
+
+def _possible(
+    asked: Sequence[Treatment], explicit: bool, me_layer: int | None, mask: WeMask | None, prefix: bool
+) -> tuple[tuple[Treatment, ...], list[str]]:
+    """The treatments that there is something for; raises where one was asked for that there is not."""
+    reasons = {}
+    if not prefix:
+        reasons.update(
+            dict.fromkeys(
+                _BAKED,
+                "without a begin-of-sequence token there is no fixed first token to bake; give a prefix (--prefix)",
+            )
+        )
+    if me_layer is None and mask is None:
+        reasons.update(dict.fromkeys(_MASKED, "there is no ME layer in these texts, so there is nothing to mask"))
+    if mask is not None and mask.positions != "first":
+        reasons["baked+mask"] = "only a mask on first tokens can be baked"
+    left = [of for of in asked if of in reasons]
+    if left and explicit:
+        raise InputError(f"Treatment {left[0]!r} cannot be measured: {reasons[left[0]]}.")
+    return tuple(of for of in asked if of not in reasons), [f"Not measured: {of}, since {reasons[of]}." for of in left]
+
+
+def _remarks(
+    me_layer: int | None, prefix: Prefix, elsewhere: Mapping[str, Elsewhere], n: int, baked: bool
+) -> Iterator[str]:
+    if me_layer is None:
+        yield "No ME layer was found in the calibration sequences: there is no massive token to bake."
+    elif baked and not any(prefix.massive):
+        yield "No token of the prefix is massive, so baking it takes no massive token away."
+    for what, found in elsewhere.items():
+        if found.n and baked:
+            yield (
+                f"{found.n} massive tokens of the {what} sequences stand behind the prefix ({found.n_tokens:,} "
+                "tokens), so they could not be baked; left out of calibration, they saturate."
+            )
+    if n < _FEW:
+        yield f"With {n} sequences the intervals are rough."
+
+
+def _product(kinds: Sequence[Sequence[str]]) -> int:
+    return math.prod(map(len, kinds))
+
+
+@dataclass(eq=False)
+class _Bar:
+    """One count of tokens over all passes."""
+
+    progress: Progress | None
+    total: int
+    before: int = 0
+
+    def part(self, tokens: int) -> Callable[[int, int], None] | None:
+        """What a pass of so many tokens reports to, in its own numbers."""
+        if self.progress is None:
+            return None
+        report, start = self.progress, self.before
+        self.before += tokens
+        return lambda done, of: report(start + tokens * done // max(of, 1), self.total)

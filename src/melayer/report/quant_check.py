@@ -1,0 +1,121 @@
+"""The report's section on what quantised activations cost."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from melayer.quant_check import TREATMENTS, QuantCheckResult, shown
+from melayer.report.sections import BLUE, GREY, ORANGE, SEQUENTIAL, VERMILLION, Plot, Section, Table, label, rounded
+
+_COLOURS = dict(zip(TREATMENTS, (GREY, BLUE, ORANGE, VERMILLION), strict=True))
+
+
+def section(result: QuantCheckResult) -> Section:
+    """Bars of the perplexity, a map of the errors with a menu of settings, and all figures."""
+    return Section(
+        "quant-check",
+        "What quantised activations cost",
+        result.sentence,
+        [_bars(result), _errors(result), _figures(result)],
+    )
+
+
+def _bars(result: QuantCheckResult) -> Plot:
+    data: list[dict[str, Any]] = []
+    for treatment in result.settings["treatments"]:
+        rows = [row for row in result.rows if row.treatment == treatment]
+        data.append(
+            {
+                "type": "bar",
+                "name": treatment,
+                "x": [f"{row.format} {row.granularity}" for row in rows],
+                "y": rounded(np.array([math.nan if (p := row.score.perplexity) is None else p for row in rows]), 5),
+                "marker": {"color": _COLOURS[treatment]},
+                "hovertemplate": f"%{{x}}, {treatment}: %{{y}}<extra></extra>",
+            }
+        )
+    base = result.unquantised.perplexity
+    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": base, "y1": base}
+    return Plot(
+        "quant-perplexity",
+        "Perplexity by format, scales and treatment",
+        " ".join(result.conclusions) or "One treatment was measured, so there is nothing to compare.",
+        f"Lower is better, and the axis is logarithmic; the dashed line is the unquantised model ({shown(base)}). "
+        f"Every bar predicts the same {result.n_predicted:,} tokens of {result.n_sequences} sequences. baked: the "
+        "prefix in full precision and left out of calibration; mask: part of the massive token taken "
+        "away where attention reads.",
+        {
+            "data": data,
+            "layout": {
+                "barmode": "group",
+                "yaxis": {"title": {"text": "perplexity"}, "type": "log"},
+                "shapes": [{**line, "line": {"color": GREY, "width": 2, "dash": "dash"}}],
+            },
+        },
+    )
+
+
+def _errors(result: QuantCheckResult) -> Plot:
+    places = list(dict.fromkeys(row.paths for row in result.inputs))
+    column = {paths: place for place, paths in enumerate(places)}
+    traces = []
+    for at, row in enumerate(result.rows):
+        grid = np.full((result.model.n_layers, len(places)), math.nan)
+        for of, value in zip(result.inputs, row.error, strict=True):
+            grid[of.layer, column[of.paths]] = math.nan if value is None else 100 * value
+        traces.append(
+            {
+                "type": "heatmap",
+                "z": rounded(grid, 3),
+                "x": [label(paths[0]) for paths in places],
+                "zmin": 0,
+                "zmax": 100,
+                "colorscale": SEQUENTIAL,
+                "colorbar": {"title": {"text": "%"}, "thickness": 12},
+                "visible": at == 0,
+                "hovertemplate": f"{row.label}, block %{{y}}, %{{x}}: %{{z}} %<extra></extra>",
+            }
+        )
+    n = len(result.rows)
+    buttons = [
+        {"label": row.label, "method": "restyle", "args": [{"visible": [other == at for other in range(n)]}]}
+        for at, row in enumerate(result.rows)
+    ]
+    menu = {"type": "dropdown", "buttons": buttons, "active": 0, "x": 0, "xanchor": "left"}
+    worst = result.worst(result.rows[0])
+    return Plot(
+        "quant-errors",
+        "Relative error of every linear input",
+        f"With {result.rows[0].label} the worst are "
+        + ", ".join(f"{at.label} ({value:.1%})" for at, value in worst)
+        + ".",
+        "The menu chooses the setting. Each square is what one linear map reads (or several that read the same, named "
+        "by the first): the size of the rounding error against that of the activations, over ordinary tokens; brighter "
+        "is worse, and at 100 % nothing of them is left.",
+        {
+            "data": traces,
+            "layout": {
+                "yaxis": {"title": {"text": "block (0-based)"}, "autorange": "reversed"},
+                "height": max(400, 160 + 13 * result.model.n_layers),
+                "updatemenus": [menu | {"y": 1.06, "yanchor": "bottom"}],
+            },
+        },
+    )
+
+
+def _figures(result: QuantCheckResult) -> Table:
+    rows = []
+    for row in result.rows:
+        cost = "—" if row.cost is None else f"{row.cost.value:+.4f}"
+        ends = "—" if row.cost is None or row.cost.low is None else f"{row.cost.low:+.4f} to {row.cost.high:+.4f}"
+        worst = "; ".join(f"{at.label} {value:.1%}" for at, value in result.worst(row))
+        rows.append([row.format, row.granularity, row.treatment, shown(row.score.perplexity), cost, ends, worst])
+    return Table(
+        "The figures of every setting",
+        ["format", "scales", "treatment", "perplexity", "cost, nats a token", "interval", "worst sites"],
+        rows,
+        folded=True,
+    )
