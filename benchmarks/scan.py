@@ -30,7 +30,7 @@ from typing import Any
 
 CONTENDERS = ("plain", "block-out", "all-sites", "int8", "hidden-states")
 OPTIONAL = ("transformer-lens",)
-TOKENS = 8192
+TOKENS = 16384
 """In all sequences together."""
 
 

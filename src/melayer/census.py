@@ -7,6 +7,7 @@ float64; all else is exact.
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -121,14 +122,19 @@ class Census:
         self.counts += observed.counts
         self.sums += observed.sums
         self.n_summed += observed.n_summed
-        sources = np.array([(window.document, window.number) for window in windows])
-        for place in range(len(self.places)):
-            tokens, dims = observed.tokens[place], observed.dims[place]
-            ids = [window.ids[token] for window, token in zip(windows, tokens, strict=True)]
-            found = np.column_stack([sources, tokens, dims, ids])
-            best = _best(observed.maxima[place], found)
-            self._raise(place, observed.maxima[place][best], found[best])
-            np.maximum(self.dim_maxima[place], observed.dim_maxima[place], out=self.dim_maxima[place])
+        # In the order of the corpus, so that of equal values the first is the one that stands first there.
+        order = sorted(range(len(windows)), key=lambda row: (windows[row].document, windows[row].number))
+        sizes = np.where(np.isnan(observed.maxima), np.inf, np.abs(observed.maxima))
+        best = np.array(order)[sizes[:, order].argmax(axis=1)]
+        for place, row in enumerate(best.tolist()):
+            if self.found_at[place, 0] >= 0 and sizes[place, row] < abs(self.maxima[place]):
+                continue
+            token, window = int(observed.tokens[place, row]), windows[row]
+            dim = int(observed.dims[place, row])
+            found = np.array([window.document, window.number, token, dim, window.ids[token]])
+            self._raise(place, observed.maxima[place, row], found)
+        for mine, theirs in zip(self.dim_maxima, observed.dim_maxima, strict=True):
+            np.maximum(mine, theirs, out=mine)
         lengths = np.array([len(window.ids) for window in windows])
         votes = np.flatnonzero(lengths >= min_tokens)
         self.totals += [0, len(windows), len(votes), lengths.sum()]
@@ -276,7 +282,7 @@ def merged(parts: Sequence[Census]) -> Census:
     """
     if any(part.places != parts[0].places for part in parts):
         raise InputError("These are censuses of different sites or models, so they cannot become one.")
-    whole = Census.from_bytes(parts[0].to_bytes())
+    whole = copy.deepcopy(parts[0])
     for part in parts[1:]:
         whole.absorb(part)
     return whole

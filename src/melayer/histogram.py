@@ -6,6 +6,8 @@ histograms have the same bins, so that they add up exactly, in any order.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,9 +22,11 @@ _FIRST = (127 + _LOWEST) << _KEPT_BITS
 BINS = ((_HIGHEST - _LOWEST) << _KEPT_BITS) + 2
 """Bin 0 holds what is below 2^-24, zeros too; the last one what is from 2^40 on, infinities and NaN too."""
 
-# The bits are rounded up by so much that a bin begins exactly at FP16_OVERFLOW; its bits end in twelve zeros.
-_FREE = 12
-_OVERFLOW_BIN = ((0x477FF000 + (1 << _FREE)) >> _DROPPED) - _FIRST + 1
+_UP = 1 << 12
+"""The bits are rounded up by so much that a bin begins exactly at FP16_OVERFLOW, 0x477FF000."""
+# Of the bits less this, those that a bin drops gone, its number is left: one subtraction, in which nothing overflows.
+_BEGIN = ((_FIRST - 1) << _DROPPED) - _UP
+_OVERFLOW_BIN = (0x477FF000 - _BEGIN) >> _DROPPED
 
 
 def counts(
@@ -36,38 +40,44 @@ def counts(
         n_groups: How many groups there are.
         buffer: An int32 tensor of magnitude's shape to write in.
     """
-    bins = _codes(magnitude, buffer).sub_(_FIRST - 1).clamp_(0, BINS - 1)
+    bins = torch.sub(magnitude.view(torch.int32), _BEGIN, out=buffer)
+    # The count runs on one thread and waits for what others have written: half the bytes, a fifth of its time less.
+    bins = bins.bitwise_right_shift_(_DROPPED).short().clamp_(0, BINS - 1)
     if n_groups > 1:
-        bins.add_((groups * BINS).unsqueeze(1))
+        bins = (groups * BINS).unsqueeze(1) + bins
     return torch.bincount(bins.view(-1), minlength=n_groups * BINS).view(n_groups, BINS)
-
-
-def _codes(magnitude: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
-    """Exponent and leading bits of each value, rounded so that a bin begins at FP16_OVERFLOW."""
-    # Shifted in two steps: added to all bits at once, the one would overflow on the NaN that GPUs make.
-    codes = torch.bitwise_right_shift(magnitude.view(torch.int32), _FREE, out=buffer)
-    return codes.add_(1).bitwise_right_shift_(_DROPPED - _FREE)
 
 
 def bins_of(values: NDArray[np.float32]) -> NDArray[np.int64]:
     """The bin of each value, on the host."""
     bits = np.abs(values.astype(np.float32)).view(np.int32).astype(np.int64)
-    bins: NDArray[np.int64] = np.clip(((bits + (1 << _FREE)) >> _DROPPED) - _FIRST + 1, 0, BINS - 1)
+    bins: NDArray[np.int64] = np.clip((bits - _BEGIN) >> _DROPPED, 0, BINS - 1)
     return bins
 
 
+@cache
 def edges() -> NDArray[np.float64]:
-    """[BINS + 1] where each bin begins; the last one ends at infinity."""
-    codes = (np.arange(BINS - 1, dtype=np.int64) + _FIRST) << _DROPPED
-    begins = (codes - (1 << _FREE)).astype(np.int32).view(np.float32).astype(np.float64)
-    return np.concatenate([[0.0], begins, [np.inf]])
+    """[BINS + 1] where each bin begins; the last one ends at infinity. Not to be written in, nor are the next two."""
+    bits = _BEGIN + (np.arange(1, BINS, dtype=np.int64) << _DROPPED)
+    begins = bits.astype(np.int32).view(np.float32).astype(np.float64)
+    found = np.concatenate([[0.0], begins, [np.inf]])
+    found.setflags(write=False)
+    return found
 
 
+@cache
+def edges_on(device: torch.device) -> torch.Tensor:
+    """`edges` on a device."""
+    return torch.tensor(edges(), device=device)
+
+
+@cache
 def middles() -> NDArray[np.float64]:
     """[BINS] a value of each bin that is within 1 % of all in it; 0 for the first and infinity for the last one."""
     ends = edges()
     middle = (ends[:-1] + ends[1:]) / 2
     middle[0] = 0.0
+    middle.setflags(write=False)
     return middle
 
 

@@ -5,7 +5,7 @@ Everything is reduced on the model's device while the batch runs; one copy a fie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -30,7 +30,7 @@ SITES: tuple[SiteName, ...] = get_args(SiteName)
 
 _IN_BLOCKS: tuple[Site, ...] = ("attn_in", "attn_act", "attn_out", "ffn_in", "ffn_act", "ffn_out", "block_out")
 _IN_HEADS = ("q", "k", "v")
-_CACHED = 1 << 16  # values at once for each thread: with what is made of them they fit into a second-level cache
+_CACHED = 1 << 17  # values at once for each thread: with what is made of them they fit into a second-level cache
 
 
 class Place(NamedTuple):
@@ -102,19 +102,31 @@ class Tokens:
     batch: Batch
     n_tokens: int = field(init=False)
     padded: bool = field(init=False)
-    _placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _buffers: dict[tuple[torch.device, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         """Looks at the lengths once."""
         self.n_tokens = sum(self.batch.lengths)
         self.padded = self.n_tokens < self.batch.ids.numel()
 
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """[n_tokens] the flat places of the tokens, and the row of each (int32)."""
+    def buffers(self, device: torch.device, n: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Two [n, width] in float32 and one in int32 to compute in: memory that is new at each site costs time."""
+        key = device, n, width
+        if key not in self._buffers:
+            first, second = torch.empty(2, n, width, dtype=torch.float32, device=device)
+            self._buffers[key] = first, second, torch.empty(n, width, dtype=torch.int32, device=device)
+        return self._buffers[key]
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[n_tokens] the flat places of the tokens, the row of each (int32), and [batch] the rows."""
         if device not in self._placed:
             flags = self.batch.attention_mask.bool()
             rows = flags.nonzero()[:, 0].to(torch.int32)
-            self._placed[device] = (flags.flatten().nonzero()[:, 0].to(device), rows.to(device))
+            every = torch.arange(len(self.batch.rows), device=device)
+            self._placed[device] = (flags.flatten().nonzero()[:, 0].to(device), rows.to(device), every)
         return self._placed[device]
 
     def spread(self, values: torch.Tensor, fill: float) -> torch.Tensor:
@@ -158,20 +170,20 @@ def observe(decoder: Decoder, batch: Batch, places: Sequence[Place], criterion: 
         stack.enter_context(hooks.watch(watched(decoder, places), see))
         forward(decoder.model, batch)
 
-    def on_host(name: str) -> NDArray[Any]:
-        return _on_host([getattr(kept[place], name) for place in places])
+    def on_host(*names: str, how: Callable[..., torch.Tensor] = torch.Tensor.contiguous) -> NDArray[Any]:
+        return _on_host([[getattr(kept[place], name) for name in names] for place in places], how)
 
-    dim_maxima = tuple(kept[place].dim_maxima.cpu().numpy() for place in places)
+    dim_maxima = _rows_on_host([kept[place].dim_maxima for place in places])
     return Observation(
         places=tuple(places),
         counts=on_host("counts")[:, 0],
-        sums=on_host("sums"),
-        n_summed=on_host("n_finite") * np.array([len(found) for found in dim_maxima]),
+        sums=on_host("powers", "token_maxima", how=_sums),
+        n_summed=on_host("token_maxima", how=_n_finite) * np.array([len(found) for found in dim_maxima]),
         maxima=on_host("maxima"),
         tokens=on_host("tokens"),
         dims=on_host("dims"),
         dim_maxima=dim_maxima,
-        massive=_on_host([massive[layer] for layer in sorted(massive)]).reshape(-1, *batch.ids.shape),
+        massive=_on_host([[massive[layer]] for layer in sorted(massive)]).reshape(-1, *batch.ids.shape),
     )
 
 
@@ -180,54 +192,65 @@ class _Reduced(NamedTuple):
 
     counts: torch.Tensor
     """[rows, BINS], or [1, BINS] of all rows together."""
-    sums: torch.Tensor
+    powers: torch.Tensor
+    """[4, n_tokens] of each token the sums of x, x^2 and x^3, and the root of that of x^4."""
+    token_maxima: torch.Tensor
+    """[n_tokens]"""
     maxima: torch.Tensor
     tokens: torch.Tensor
     dims: torch.Tensor
-    n_finite: torch.Tensor
-    """[] tokens without a NaN or an infinity."""
     dim_maxima: torch.Tensor
-    token_maxima: torch.Tensor
-    """[n_tokens]"""
 
 
 def _reduced(x: torch.Tensor, tokens: Tokens, *, by_row: bool) -> _Reduced:
     """What is kept of x [batch, seq, d].
 
-    Some tokens at a time, so that all passes but the first find them in the processor's cache.
+    Some tokens at a time, so that all passes but the first find them in the processor's cache. Whatever needs no
+    other look at x waits for the end of the batch, where all sites are dealt with at once.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    places, rows = tokens.on(x.device)
+    flat, n, width = x.reshape(-1, x.shape[-1]), tokens.n_tokens, x.shape[-1]
+    places, rows, every_row = tokens.on(x.device)
     n_rows, device = len(tokens.batch.rows), x.device
-    step = max(1, torch.get_num_threads() * _CACHED // x.shape[-1]) if device.type == "cpu" else tokens.n_tokens
-    n_groups = n_rows if by_row else 1
-    counted = torch.zeros(n_groups, histogram.BINS, dtype=torch.int64, device=device)
-    token_max = torch.empty(tokens.n_tokens, dtype=torch.float32, device=device)
-    powers = torch.empty(4, tokens.n_tokens, dtype=torch.float32, device=device)
-    dim_max = torch.zeros(x.shape[-1], dtype=torch.float32, device=device)
-    magnitudes = torch.empty(min(step, tokens.n_tokens), x.shape[-1], dtype=torch.float32, device=device)
-    squares, codes = torch.empty_like(magnitudes), torch.empty_like(magnitudes, dtype=torch.int32)
-    for start in range(0, tokens.n_tokens, step):
-        span = slice(start, min(start + step, tokens.n_tokens))
+    n_pieces = -(-n * width // (torch.get_num_threads() * _CACHED)) if device.type == "cpu" else 1
+    step = -(-n // n_pieces)
+    token_max = torch.empty(n, dtype=torch.float32, device=device)
+    powers = torch.empty(4, n, dtype=torch.float32, device=device)
+    dim_max = torch.zeros(-(-n // step), width, dtype=torch.float32, device=device)
+    counted: torch.Tensor | None = None
+    buffers = tokens.buffers(device, step, width)
+    for piece, start in enumerate(range(0, n, step)):
+        span = slice(start, min(start + step, n))
         part = (flat.index_select(0, places[span]) if tokens.padded else flat[span]).float()
-        magnitude, square, code = (buffer[: len(part)] for buffer in (magnitudes, squares, codes))
+        magnitude, square, bins = buffers if n - start >= step else (buffer[: n - start] for buffer in buffers)
         torch.abs(part, out=magnitude)
         torch.amax(magnitude, dim=-1, out=token_max[span])
-        torch.maximum(dim_max, magnitude.amax(dim=0), out=dim_max)
-        counted += histogram.counts(magnitude, rows[span], n_groups, buffer=code)
+        torch.amax(magnitude, dim=0, out=dim_max[piece])
+        found = histogram.counts(magnitude, rows[span], n_rows if by_row else 1, buffer=bins)
+        counted = found if counted is None else counted.add_(found)
         # Token by token, so that a sum in float32 has few terms; magnitude is done with and holds the cubes.
         torch.mul(part, part, out=square)
         torch.sum(part, dim=-1, out=powers[0, span])
         torch.sum(square, dim=-1, out=powers[1, span])
         torch.sum(torch.mul(square, part, out=magnitude), dim=-1, out=powers[2, span])
-        torch.sum(square.square_(), dim=-1, out=powers[3, span])
-    finite = torch.isfinite(token_max)
-    sums = torch.where(finite, powers, 0.0).double().sum(1)
+        torch.linalg.vector_norm(square, dim=-1, out=powers[3, span])
+    assert counted is not None
     where = tokens.spread(token_max, -1.0).argmax(dim=1)
-    largest = x[torch.arange(n_rows, device=device), where].float()
+    largest = x[every_row, where].float()
     dims = largest.abs().argmax(dim=1)
     maxima = largest.gather(1, dims.unsqueeze(1))[:, 0]
-    return _Reduced(counted, sums, maxima, where, dims, finite.sum(), dim_max, token_max)
+    return _Reduced(counted, powers, token_max, maxima, where, dims, dim_max.amax(dim=0))
+
+
+def _sums(powers: torch.Tensor, token_maxima: torch.Tensor) -> torch.Tensor:
+    """[places, 4] over the tokens without a NaN or an infinity, of [places, 4, n_tokens] and [places, n_tokens]."""
+    kept = torch.where(torch.isfinite(token_maxima).unsqueeze(1), powers, 0.0)
+    kept[:, 3].square_()
+    return kept.sum(dim=-1, dtype=torch.float64)
+
+
+def _n_finite(token_maxima: torch.Tensor) -> torch.Tensor:
+    """[places] how many tokens of [places, n_tokens] hold neither a NaN nor an infinity."""
+    return torch.isfinite(token_maxima).sum(dim=-1)
 
 
 def _massive(x: torch.Tensor, found: _Reduced, tokens: Tokens, criterion: Criterion) -> torch.Tensor:
@@ -237,7 +260,7 @@ def _massive(x: torch.Tensor, found: _Reduced, tokens: Tokens, criterion: Criter
     that the bin cannot tell, the median is computed; it costs more than all the rest.
     """
     device, lengths = x.device, tokens.batch.lengths
-    ends = torch.from_numpy(histogram.edges()).to(device)
+    ends = histogram.edges_on(device)
     n_values = torch.tensor(lengths, device=device) * x.shape[-1]
     # As torch's median: the lower of the two middle ones.
     bins = torch.searchsorted(found.counts.cumsum(1), ((n_values - 1) // 2 + 1).unsqueeze(1))[:, 0]
@@ -261,16 +284,29 @@ def _median(x: torch.Tensor) -> torch.Tensor:
     return x.float().abs().flatten().median()
 
 
-def _on_host(tensors: Sequence[torch.Tensor]) -> NDArray[Any]:
-    """The tensors as one array, with one copy for each device that holds some."""
-    if not tensors:
+def _rows_on_host(rows: Sequence[torch.Tensor]) -> tuple[NDArray[np.float32], ...]:
+    """Rows of any lengths, with one copy for each device that holds some."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for device in {row.device for row in rows}:
+        places = [place for place, row in enumerate(rows) if row.device == device]
+        ends = np.cumsum([len(rows[place]) for place in places])
+        together = torch.cat([rows[place] for place in places]).cpu().numpy()
+        found.update(zip(places, np.split(together, ends[:-1]), strict=True))
+    return tuple(found[place] for place in range(len(rows)))
+
+
+def _on_host(
+    fields: Sequence[Sequence[torch.Tensor]], how: Callable[..., torch.Tensor] = torch.Tensor.contiguous
+) -> NDArray[Any]:
+    """What `how` makes of the fields, those of all places stacked: once for each device that holds some."""
+    if not fields:
         return np.zeros(0, dtype=bool)
     by_device: dict[torch.device, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(place)
-    if len(by_device) == 1:
-        return torch.stack(list(tensors)).cpu().numpy()
-    rows: dict[int, NDArray[Any]] = {}
+    for place, tensors in enumerate(fields):
+        by_device.setdefault(tensors[0].device, []).append(place)
+    order, parts = [], []
     for places in by_device.values():
-        rows.update(zip(places, torch.stack([tensors[place] for place in places]).cpu().numpy(), strict=True))
-    return np.stack([rows[place] for place in range(len(tensors))])
+        stacked = [torch.stack(column) for column in zip(*(fields[place] for place in places), strict=True)]
+        order += places
+        parts.append(how(*stacked).cpu().numpy())
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)[np.argsort(order)]
