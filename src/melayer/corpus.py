@@ -1,26 +1,30 @@
-"""A corpus of any size as a stream of documents: lines, JSON lines, parquet, or a data set of the hub."""
+"""A corpus of any size as a stream of documents: text, JSON lines or parquet, or a data set of the hub."""
 
 from __future__ import annotations
 
-import gzip
+import glob
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from melayer.errors import InputError
 
-_TEXT, _JSON = (".txt", ".text", ".raw", ".md"), (".jsonl", ".ndjson")
+_TEXT, _JSON = (".txt", ".text", ".raw", ".md"), (".jsonl", ".ndjson", ".json")
 _KINDS = (*_TEXT, *_JSON, ".parquet")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _COLUMNS = ("text", "content", "document", "body")
 _COUNTED_BYTES = 2**30
-"""Lines of a larger file are not counted beforehand: that would be reading it twice."""
+"""Lines of larger files are not counted beforehand: that would be reading them twice."""
+_ROWS = 1024  # of a parquet file at a time
 MAX_NAMED = 20
 """How many of the documents left out are named; all are counted."""
 
 
 Mine = Callable[[int], bool]
+"""Whether the document at this place is to be read."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Corpus:
     """Where the documents are, and which of a row's columns matter."""
 
     source: str
-    """A file (.txt, .jsonl or .parquet; the first two also as .gz), or a hub id."""
+    """A file (.txt, .jsonl or .parquet; the first two also as .gz and .zst), a directory of them, a pattern
+    (`shards/*.jsonl.zst`), or a hub id."""
     column: str | None = None
     """The column with the text; by default the usual names."""
     category: str | None = None
@@ -57,13 +62,53 @@ class Corpus:
     """A text file is one document, not one a line."""
 
     def check(self) -> None:
-        """Raises InputError for whatever can be told from the first document, before a model is loaded."""
-        if not self._may_be_on_the_hub:
-            next(self.documents(stop=1), None)
+        """Raises InputError for whatever the first document and the ends of the files tell before a model is loaded."""
+        if self.is_of_the_hub:
+            return
+        for path in self.files:
+            if _kind(path) == ".parquet":
+                _n_rows(path)
+        next(self.documents(stop=1), None)
 
     @property
-    def _may_be_on_the_hub(self) -> bool:
-        return "/" in self.source and not Path(self.source).exists() and _kind(Path(self.source)) not in _KINDS
+    def is_of_the_hub(self) -> bool:
+        """Whether the source can only be a hub id."""
+        path = Path(self.source)
+        return "/" in self.source and not path.exists() and _kind(path) not in _KINDS and not _is_pattern(self.source)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, by name; the documents are numbered through all of them.
+
+        Raises:
+            InputError: There is none, or one is of no known kind.
+        """
+        path = Path(self.source)
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.is_file() and _kind(file) in _KINDS)
+            kinds = sorted({_kind(file) for file in found})
+            if len(kinds) > 1:
+                raise InputError(
+                    f"{self.source} holds files of several kinds ({', '.join(kinds)}), and which are the corpus cannot "
+                    f"be told. Give a pattern: {path / f'*{kinds[-1]}'}."
+                )
+        elif _is_pattern(self.source) and not path.exists():
+            # Path.glob takes no absolute pattern.
+            found = sorted(file for name in glob.iglob(self.source, recursive=True) if (file := Path(name)).is_file())  # noqa: PTH207
+        elif path.exists():
+            found = [path]
+        else:
+            raise InputError(
+                f"There is no corpus {self.source!r}: not a file here, and not a hub id (owner/name). Give a "
+                f"file ({', '.join(_KINDS)}), a directory of them, a pattern or a hub id."
+            )
+        odd = [file for file in found if _kind(file) not in _KINDS]
+        if odd or not found:
+            raise InputError(
+                f"{odd[0] if odd else self.source} is not a corpus; expected files that end in {', '.join(_KINDS)}, or "
+                f"in {' or '.join(_COMPRESSED)} after that."
+            )
+        return found
 
     def documents(self, mine: Mine = lambda index: True, stop: int | None = None) -> Iterator[Document | LeftOut]:
         """The documents whose place `mine` accepts, in order; blank lines of a text file are none.
@@ -75,64 +120,72 @@ class Corpus:
         Raises:
             InputError: There is no such corpus, or a column is missing.
         """
-        path = Path(self.source)
-        kind = _kind(path)
-        if self.whole_file and kind not in _TEXT:
-            raise InputError(
-                f"whole_file (--whole-file) takes a text file as one document, and {self.source} is none "
-                f"({', '.join(_TEXT)}). Leave it out."
-            )
-        if self._may_be_on_the_hub:
+        if self.is_of_the_hub:
+            if self.whole_file:
+                raise self._not_whole(self.source)
             return self._rows(self._of_the_hub(), mine, stop)
-        if not path.exists():
-            raise InputError(
-                f"There is no corpus {self.source!r}: not a file here, and not a hub id (owner/name). Give a "
-                f"file ({', '.join(_KINDS)}) or a hub id."
-            )
-        if path.is_dir() or kind not in _KINDS:
-            raise InputError(f"{self.source} is not a corpus; expected a file that ends in {', '.join(_KINDS)} or .gz.")
-        if kind == ".parquet":
-            return self._parquet(path, mine, stop)
-        return self._lines(path, kind in _JSON, mine, stop)
+        files = self.files
+        for path in files:
+            if self.whole_file and _kind(path) not in _TEXT:
+                raise self._not_whole(str(path))
+            if self.category is not None and _kind(path) in _TEXT:
+                raise InputError(f"{path} has no columns, so there is no category {self.category!r}. Leave it out.")
+        return self._of_files(files, mine, stop)
+
+    def _not_whole(self, name: str) -> InputError:
+        return InputError(
+            f"whole_file (--whole-file) takes a text file as one document, and {name} is none ({', '.join(_TEXT)}). "
+            "Leave it out."
+        )
 
     def count(self) -> int | None:
         """How many documents there are, where that can be told quickly; for the remaining time alone."""
-        path = Path(self.source)
-        if not path.is_file() or self.whole_file:
+        if self.is_of_the_hub:
             return None
-        if _kind(path) == ".parquet":
-            from pyarrow import ArrowInvalid, parquet
-
-            try:
-                return int(parquet.read_metadata(path).num_rows)
-            except (ArrowInvalid, OSError):
-                return None  # `documents` says what is wrong with it
-        if path.suffix.lower() == ".gz" or path.stat().st_size > _COUNTED_BYTES:
+        files = self.files
+        if self.whole_file:
+            return len(files)
+        lines = [path for path in files if _kind(path) != ".parquet"]
+        if any(path.suffix.lower() in _COMPRESSED for path in lines):
             return None
-        with path.open("rb") as file:
-            return sum(bool(line.strip()) for line in file)
+        if sum(path.stat().st_size for path in lines) > _COUNTED_BYTES:
+            return None
+        total = sum(_n_rows(path) for path in files if path not in lines)
+        for path in lines:
+            with path.open("rb") as file:
+                total += sum(bool(line.strip()) for line in file)
+        return total
 
-    def _lines(self, path: Path, as_json: bool, mine: Mine, stop: int | None) -> Iterator[Document | LeftOut]:
-        if self.category is not None and not as_json:
-            raise InputError(f"{path} has no columns, so there is no category {self.category!r}. Leave it out.")
+    def _of_files(self, files: Iterable[Path], mine: Mine, stop: int | None) -> Iterator[Document | LeftOut]:
+        begin = 0
+        for path in files:
+            if stop is not None and begin >= stop:
+                return
+            of_file = self._parquet if _kind(path) == ".parquet" else self._lines
+            begin = yield from of_file(path, begin, mine, stop)
+
+    def _lines(self, path: Path, begin: int, mine: Mine, stop: int | None) -> Generator[Document | LeftOut, None, int]:
+        """The documents of a file whose first one has the number `begin`; returns that of the next file's first one."""
+        as_json, index = _kind(path) in _JSON, begin
         try:
             with _opened(path) as file:
-                lines = [file.read()] if self.whole_file else file
-                index = -1
-                for line in lines:
+                for line in [file.read()] if self.whole_file else file:
                     if not line.strip():
                         continue
-                    index += 1
                     if index == stop:
-                        return
+                        return index
+                    if index == begin and _kind(path) == ".json":
+                        _check_lines(path, line)
                     if mine(index):
-                        yield self._line(index, line, as_json)
+                        yield self._line(index, line, as_json, first=index == begin)
+                    index += 1
         except (OSError, EOFError) as error:
             raise InputError(f"{path} cannot be read to its end: {error}. Copy or download it again.") from error
+        return index
 
-    def _line(self, index: int, line: bytes, as_json: bool) -> Document | LeftOut:
+    def _line(self, index: int, line: bytes, as_json: bool, first: bool) -> Document | LeftOut:
         try:
-            text = line.decode("utf-8-sig" if index == 0 else "utf-8")
+            text = line.decode("utf-8-sig" if first else "utf-8")
             if not as_json:
                 return Document(index, text.strip("\r\n"), "")
             row = json.loads(text)
@@ -142,34 +195,40 @@ class Corpus:
             return LeftOut(index, f"not JSON: {error}")
         return self._document(index, row)
 
-    def _parquet(self, path: Path, mine: Mine, stop: int | None) -> Iterator[Document | LeftOut]:
+    def _parquet(
+        self, path: Path, begin: int, mine: Mine, stop: int | None
+    ) -> Generator[Document | LeftOut, None, int]:
+        """As `_lines`."""
         import pyarrow
-        from pyarrow import parquet
 
-        try:
-            file = parquet.ParquetFile(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
-        with file:
-            columns = {name for name in self._columns(file.schema_arrow.names) if name is not None}
-            index = 0
+        with _as_parquet(path) as file:
+            present = file.schema_arrow.names
+            column, category = self._columns(present) if begin == 0 else self._names(present)
+            if column not in present or category not in (None, *present):
+                for place in filter(mine, _until(stop, begin, file.metadata.num_rows)):
+                    yield LeftOut(place, f"{path.name} has only the columns {', '.join(present)}")
+                return begin + int(file.metadata.num_rows)
+            wanted = [name for name in present if name in (column, category)]
+            index = begin
             for group in range(file.num_row_groups):
-                count = file.metadata.row_group(group).num_rows
-                places = range(index, index + count if stop is None else min(index + count, stop))
+                places = _until(stop, index, file.metadata.row_group(group).num_rows)
+                index += file.metadata.row_group(group).num_rows
                 if not any(map(mine, places)):
-                    index += count
                     continue
+                read = places.start
                 try:
-                    rows = file.read_row_group(group, columns=sorted(columns)).to_pylist()
+                    # A row group may be larger than the memory.
+                    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=wanted):
+                        rows = batch.to_pylist()
+                        for place, row in zip(range(read, places.stop), rows, strict=False):
+                            if mine(place):
+                                yield self._document(place, row)
+                        read += len(rows)
                 except (pyarrow.ArrowException, OSError) as error:
-                    reason = f"row group {group} is corrupt: {_first_line(error)}"
-                    for place in filter(mine, places):
+                    reason = f"row group {group} of {path.name} is corrupt: {_first_line(error)}"
+                    for place in filter(mine, range(read, places.stop)):
                         yield LeftOut(place, reason)
-                else:
-                    for place, row in zip(places, rows, strict=False):
-                        if mine(place):
-                            yield self._document(place, row)
-                index += count
+            return index
 
     def _of_the_hub(self) -> Any:
         from datasets import load_dataset
@@ -224,13 +283,55 @@ class Corpus:
 
 def _kind(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"]:
+    if suffixes[-1:] and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+def _is_pattern(source: str) -> bool:
+    return any(character in source for character in "*?[")
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    how = _COMPRESSED.get(path.suffix.lower())
+    if how is None:
+        return path.open("rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=how), 1 << 20)
+
+
+def _check_lines(path: Path, line: bytes) -> None:
+    """A file that ends in .json alone may hold lines or one value over many lines."""
+    try:
+        whole = isinstance(json.loads(line), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise InputError(
+            f"{path} does not begin with a line that is a JSON object, so it is not one document a line. Write it as "
+            ".jsonl: jq -c '.[]'."
+        )
+
+
+def _until(stop: int | None, begin: int, count: int) -> range:
+    """So many places from `begin` on, those from `stop` on left out."""
+    return range(begin, begin + count if stop is None else max(begin, min(begin + count, stop)))
+
+
+def _as_parquet(path: Path) -> Any:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
+
+
+def _n_rows(path: Path) -> int:
+    with _as_parquet(path) as file:
+        return int(file.metadata.num_rows)
 
 
 def _first_line(error: BaseException) -> str:

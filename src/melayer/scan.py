@@ -67,7 +67,7 @@ def scan(
     Args:
         model: A causal language model from transformers. It is bit-identical afterwards.
         tokenizer: The model's.
-        data: A file, a hub id, or a `Corpus` that names columns.
+        data: A file, a directory or pattern of files, a hub id, or a `Corpus` that names columns.
         sites: Which to observe, of `SITES`; `block_out` always is, since it tells which tokens are massive.
         max_tokens: The length of a sequence; by default 512, or the model's positions if they are fewer. A longer
             document is cut into several, each of which begins anew.
@@ -180,12 +180,14 @@ def _settings(
 ) -> dict[str, Any]:
     """What the figures depend on, as JSON holds it; a scan goes on only under the same."""
     model = describe(decoder)
-    path = Path(corpus.source)
+    data = asdict(corpus)
+    if not corpus.is_of_the_hub:
+        files = corpus.files
+        data |= {"source": Path(corpus.source).name, "bytes": sum(path.stat().st_size for path in files)}
+        data |= {"files": len(files)} if len(files) > 1 else {}
     return {
         "model": f"{model.fingerprint} in {model.dtype}",
-        "data": {**asdict(corpus), "source": path.name, "bytes": path.stat().st_size}
-        if path.is_file()
-        else asdict(corpus),
+        "data": data,
         "sites": [site for site in SITES if any(place.site == site for place in places)],
         "max_tokens": max_tokens,
         "truncate": truncate,

@@ -514,7 +514,10 @@ def scan_command(
     model: Model,
     data: Annotated[
         str,
-        typer.Option(help="A .txt, .jsonl or .parquet file (the first two also .gz), or a hub id.", show_default=False),
+        typer.Option(
+            help="A .txt, .jsonl or .parquet file (also .gz, .zst), a directory or pattern of them, or a hub id.",
+            show_default=False,
+        ),
     ],
     sites: Annotated[str | None, typer.Option(help="Which to observe, e.g. block_out,ffn_act; default: all.")] = None,
     formats: Annotated[

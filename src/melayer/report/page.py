@@ -247,6 +247,7 @@ def write_scan_report(result: ScanResult, out: str | Path, *, command: str | Non
     model, settings, total = result.model, result.settings, result.total
     data = settings["data"]
     size = f", {data['bytes']:,} bytes" if "bytes" in data else f", split {data['split']}"
+    size += f" in {data['files']:,} files" if "files" in data else ""
     facts = [
         ("Model", f"{model.name} ({model.family}, {model.n_layers} blocks, d_model {model.d_model}), {model.dtype}"),
         ("Fingerprint of the weights", model.fingerprint),
