@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import toys
-from melayer import architecture, histogram, observe
+from melayer import architecture, histogram, observe, reduction
 from melayer.architecture import Decoder
 from melayer.errors import InputError
 from melayer.inputs import Batch, Row, batches
 from melayer.locate import Criterion
+from melayer.reduction import Reduction
 
 
 def batch(*lengths: int, seed: int = 0) -> Batch:
@@ -28,19 +29,18 @@ def batch(*lengths: int, seed: int = 0) -> Batch:
 def stored(decoder: Decoder, given: Batch, places, criterion: Criterion | None = None):
     """The observation, and the very activations that it is of: {place: [batch, seq, d]}."""
     seen = {}
-    original = observe._reduced
+    original = Reduction.add
 
-    def reduced(x, tokens, *, by_row):
-        seen[len(seen)] = x.detach().clone()
-        return original(x, tokens, by_row=by_row)
+    def add(self, place, x, criterion=None):
+        seen[place] = x.detach().clone()
+        original(self, place, x, criterion)
 
-    observe._reduced = reduced
+    Reduction.add = add
     try:
         found = observe.observe(decoder, given, places, criterion or Criterion())
     finally:
-        observe._reduced = original
-    # Blocks compute their sites in the order of `places`.
-    return found, dict(zip(found.places, (seen[at] for at in range(len(seen))), strict=True))
+        Reduction.add = original
+    return found, {place: seen[at] for at, place in enumerate(found.places)}
 
 
 def check(found: observe.Observation, activations, given: Batch) -> None:
@@ -75,12 +75,12 @@ def test_figures_are_those_of_the_stored_activations(family):
 def test_any_lengths_and_any_pieces(lengths, cached):
     decoder = architecture.read(toys.make("llama"))
     given = batch(*lengths)
-    before = observe._CACHED
-    observe._CACHED = cached * toys.D_MODEL
+    before = reduction._CACHED
+    reduction._CACHED = cached * toys.D_MODEL
     try:
         found, activations = stored(decoder, given, observe.places_of(decoder, ["block_out", "ffn_act", "k"]))
     finally:
-        observe._CACHED = before
+        reduction._CACHED = before
     check(found, activations, given)
 
 
@@ -169,8 +169,8 @@ def test_tokens_at_the_threshold_are_judged_by_the_median_itself(ratio, seed):
 
 def test_doubt_is_resolved_and_not_ignored(monkeypatch):
     asked = []
-    original = observe._median
-    monkeypatch.setattr(observe, "_median", lambda x: asked.append(len(x)) or original(x))
+    original = reduction._median
+    monkeypatch.setattr(reduction, "_median", lambda x: asked.append(len(x)) or original(x))
     decoder = architecture.read(toys.make("llama"))
     _, activations = stored(decoder, batch(11), observe.places_of(decoder, ["block_out"]), Criterion())
     size = activations[observe.Place("block_out", 5)][0].abs()

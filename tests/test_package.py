@@ -40,6 +40,7 @@ ORDER = (
     "frugal",
     "answers",
     "attention",
+    "reduction",
     "observe",
     "reconstruction",
     "corpus",
