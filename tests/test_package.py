@@ -54,6 +54,8 @@ ORDER = (
     "linear_inputs",
     "baked_prefix",
     "calibration",
+    "rounding",
+    "quant_check_result",
     "quant_check",
     "sweep",
     "counterfactuals",

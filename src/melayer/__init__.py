@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from melayer.mask import WeMask, fixed_prefix
     from melayer.models import Loaded, load
     from melayer.perplexity import PerplexityResult, perplexity
-    from melayer.quant_check import QuantCheckResult, quant_check
+    from melayer.quant_check import quant_check
+    from melayer.quant_check_result import QuantCheckResult
     from melayer.report import (
         write_contrast_report,
         write_eval_report,
@@ -76,7 +77,7 @@ _HOMES = {
     "perplexity": "melayer.perplexity",
     "PerplexityResult": "melayer.perplexity",
     "quant_check": "melayer.quant_check",
-    "QuantCheckResult": "melayer.quant_check",
+    "QuantCheckResult": "melayer.quant_check_result",
     "BakedPrefix": "melayer.baked_prefix",
     "sweep": "melayer.sweep",
     "SweepResult": "melayer.sweep",

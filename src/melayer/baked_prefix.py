@@ -61,6 +61,18 @@ class BakedPrefix:
             cache.reorder_cache(torch.zeros(n, dtype=torch.long))
         return cache
 
+    @property
+    def unwritable(self) -> str | None:
+        """Why it cannot be written as keys and values; None where it can."""
+        for layer, of in enumerate(self.cache.layers):
+            keys, values = getattr(of, "keys", None), getattr(of, "values", None)
+            if keys is None or values is None or keys.shape[-2] != len(self.ids):
+                return (
+                    f"the cache of block {layer} is not the keys and values of all {len(self.ids)} tokens (linear "
+                    "attention keeps a state, a window drops old ones)"
+                )
+        return None
+
     def save(self, directory: str | Path) -> Path:
         """Writes `prefix.safetensors` (`keys.0`, `values.0`, …: [1, heads, tokens, d]), `prefix.json` and the mask.
 
@@ -68,16 +80,12 @@ class BakedPrefix:
             InputError: The cache holds more than keys and values (linear attention), or has dropped some of them.
             OutputError: It cannot be written.
         """
+        if self.unwritable is not None:
+            raise InputError(f"The baked prefix cannot be written: {self.unwritable}.")
         tensors: dict[str, torch.Tensor] = {}
         for layer, of in enumerate(self.cache.layers):
-            keys, values = getattr(of, "keys", None), getattr(of, "values", None)
-            if keys is None or values is None or keys.shape[-2] != len(self.ids):
-                raise InputError(
-                    f"The cache of block {layer} is not the keys and values of all {len(self.ids)} tokens of the "
-                    "prefix (linear attention keeps a state, a window drops old ones), so it cannot be written."
-                )
-            tensors[f"keys.{layer}"] = keys.contiguous().cpu()
-            tensors[f"values.{layer}"] = values.contiguous().cpu()
+            tensors[f"keys.{layer}"] = of.keys.contiguous().cpu()
+            tensors[f"values.{layer}"] = of.values.contiguous().cpu()
         about = {
             "version": VERSION,
             "melayer_version": __version__,

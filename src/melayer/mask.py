@@ -253,7 +253,8 @@ class WeMask:
             raise InputError(f"The prefix has shape {tuple(ids.shape)}; expected one row of at least one id.")
         cache = DynamicCache(config=model.config)
         with self.apply(model), hooks.measuring(model):
-            model(ids.to(model.get_input_embeddings().weight.device), past_key_values=cache, use_cache=True)
+            device = model.get_input_embeddings().weight.device
+            model(ids.to(device), use_cache=True, **{hooks.cache_argument(model): cache})
         return cache
 
     # --- files -----------------------------------------------------------------------------------------------------

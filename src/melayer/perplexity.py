@@ -146,7 +146,7 @@ def losses(decoder: Decoder, batch: Batch, *, cache: Cache | None = None) -> tor
         if cache is None:
             first = model(ids, attention_mask=batch.attention_mask.to(device), use_cache=False).logits
         else:
-            first = model(ids, past_key_values=cache, use_cache=True).logits
+            first = model(ids, use_cache=True, **{hooks.cache_argument(model): cache}).logits
         states, targets = read[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(first.device)
         step = max(1, _LOGITS // first.shape[-1])
         for start in range(0, len(targets), step):

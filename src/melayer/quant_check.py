@@ -7,9 +7,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,274 +16,39 @@ import torch
 from melayer import hooks
 from melayer.architecture import Decoder
 from melayer.baked_prefix import BakedPrefix
-from melayer.calibration import GRANULARITIES, Granularity, Maxima, ScaleSet, maxima, write_scales
+from melayer.calibration import GRANULARITIES, Maxima, ScaleSet, maxima
 from melayer.errors import InputError, collected
 from melayer.inputs import Batch, Row, batches, builtin_texts, encode, token_text
-from melayer.linear_inputs import LinearInput, linear_inputs, readers, short
+from melayer.linear_inputs import LinearInput, linear_inputs
 from melayer.locate import Criterion, Progress, find_me_layer, forward, summaries_of
 from melayer.mask import MadeFor, Selector, WeMask
 from melayer.masking import free
 from melayer.paired import LEVEL, interval
 from melayer.perplexity import losses
-from melayer.provenance import ModelInfo, describe
-from melayer.quantisation import FORMATS, Format, quantised, scales
-from melayer.version import __version__
+from melayer.provenance import describe
+from melayer.quant_check_result import (
+    BAKED,
+    MASKED,
+    TREATMENTS,
+    Difference,
+    Elsewhere,
+    InputRow,
+    Prefix,
+    QuantCheckResult,
+    Score,
+    Setting,
+    Treatment,
+)
+from melayer.quantisation import FORMATS
+from melayer.rounding import Rounding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Treatment = Literal["plain", "baked", "baked+mask", "mask"]
-TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
-_BAKED: tuple[Treatment, ...] = ("baked", "baked+mask")
-_MASKED: tuple[Treatment, ...] = ("baked+mask", "mask")
 _WITHOUT_MASK: Mapping[Treatment, Treatment] = {"mask": "plain", "baked+mask": "baked"}
 
 _FEW = 10
 """Fewer sequences than this make a rough interval."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two mean log-losses of the same tokens, in nats a token; more is worse."""
-
-    value: float
-    low: float | None
-    """Ends of the paired bootstrap interval by sequence; None with a single sequence."""
-    high: float | None
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well the model predicts. None where a loss is not finite."""
-
-    nll: float | None
-    """Mean negative log-likelihood of a predicted token, in nats."""
-    perplexity: float | None
-    by_sequence: tuple[float | None, ...] = field(repr=False)
-    """The sum over each sequence's tokens, in nats."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to quantise, and what it does."""
-
-    format: Format
-    granularity: Granularity
-    treatment: Treatment
-    score: Score
-    cost: Difference | None
-    """Against the unquantised model; None where the loss is not finite, here and below."""
-    against_plain: Difference | None
-    """Against the same grid and granularity without any treatment."""
-    by_mask: Difference | None
-    """Of a masked treatment against the same without the mask."""
-    error: tuple[float | None, ...]
-    """For each linear input sqrt(sum (x - Q(x))^2 / sum x^2) over the ordinary tokens behind the prefix."""
-    error_apart: tuple[float | None, ...]
-    """The same over the prefix, where it runs quantised, and the massive tokens elsewhere."""
-
-    @property
-    def label(self) -> str:
-        """What to call it."""
-        return f"{self.format} {self.granularity} {self.treatment}"
-
-    @property
-    def median_error(self) -> float | None:
-        """Over the linear inputs."""
-        known = [value for value in self.error if value is not None]
-        return float(np.median(known)) if known else None
-
-
-@dataclass(frozen=True)
-class InputRow:
-    """One linear input as the result names it."""
-
-    layer: int
-    paths: tuple[str, ...]
-    width: int
-
-    @property
-    def label(self) -> str:
-        """What to call it."""
-        return f"block {self.layer} {short(self.paths)}"
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What every sequence begins with."""
-
-    ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    massive: tuple[bool, ...]
-    """Of each token, in the plain model."""
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """The massive tokens behind the prefix, which a fixed prefix cannot hold."""
-
-    n: int
-    n_tokens: int
-    """Tokens behind the prefix in all."""
-
-
-@dataclass(frozen=True)
-class QuantCheckResult:
-    """What `quant_check` found. Layers are 0-based."""
-
-    model: ModelInfo
-    settings: dict[str, Any]
-    me_layer: int | None
-    T: int
-    n_sequences: int
-    n_calibration: int
-    n_predicted: int
-    """Tokens that every setting predicts, the same for each."""
-    prefix: Prefix
-    elsewhere: Mapping[str, Elsewhere]
-    """Of the `calibration` and the `evaluation` sequences."""
-    unquantised: Score
-    unquantised_mask: Score | None
-    """Under the mask; None where no treatment has one."""
-    inputs: tuple[InputRow, ...]
-    rows: tuple[Setting, ...]
-    """By format, granularity and treatment, in the order asked for."""
-    notes: tuple[str, ...]
-    linear_inputs: tuple[LinearInput, ...] = field(compare=False, repr=False)
-    calibrated: Mapping[ScaleSet, tuple[torch.Tensor, ...]] = field(compare=False, repr=False)
-    """The scales of every static setting; not part of `to_dict()`, see `save`."""
-    baked: Mapping[Treatment, BakedPrefix] = field(compare=False, repr=False)
-    """The prefixes of the baked treatments."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain values that JSON can hold; what `--json` prints."""
-        return {
-            "melayer_version": __version__,
-            "model": self.model.to_dict(),
-            "settings": self.settings,
-            "sentence": self.sentence,
-            "me_layer": self.me_layer,
-            "T": self.T,
-            "n_sequences": self.n_sequences,
-            "n_calibration": self.n_calibration,
-            "n_predicted": self.n_predicted,
-            "prefix": asdict(self.prefix),
-            "massive_elsewhere": {key: asdict(found) for key, found in self.elsewhere.items()},
-            "unquantised": asdict(self.unquantised),
-            "unquantised_mask": None if self.unquantised_mask is None else asdict(self.unquantised_mask),
-            "inputs": [asdict(row) for row in self.inputs],
-            "rows": [asdict(row) for row in self.rows],
-            "notes": list(self.notes),
-        }
-
-    def find(self, format: str, granularity: str, treatment: str) -> Setting | None:
-        """The setting, if it was measured."""
-        wanted = (format, granularity, treatment)
-        return next((row for row in self.rows if (row.format, row.granularity, row.treatment) == wanted), None)
-
-    def worst(self, row: Setting, n: int = 3) -> list[tuple[InputRow, float]]:
-        """The linear inputs with the largest errors, worst first."""
-        known = [(at, value) for at, value in zip(self.inputs, row.error, strict=True) if value is not None]
-        return sorted(known, key=lambda pair: -pair[1])[:n]
-
-    @property
-    def sentence(self) -> str:
-        """The answer in one sentence, computed from the figures of the first format and granularity."""
-        first = self.rows[0]
-        same = [row for row in self.rows if (row.format, row.granularity) == (first.format, first.granularity)]
-        said = ", ".join(f"{_WORDS[row.treatment]} {shown(row.score.perplexity)}" for row in same)
-        text = (
-            f"Unquantised the perplexity is {shown(self.unquantised.perplexity)}; with {first.format} activations, "
-            f"{_SCALED[first.granularity]}, it is {said}"
-        )
-        worst = self.worst(same[0], 1)
-        if worst:
-            text += f"; the worst site ({same[0].treatment}) is {worst[0][0].label}, off by {worst[0][1]:.1%}"
-        return f"{text}."
-
-    @property
-    def conclusions(self) -> list[str]:
-        """For each format and granularity what baking and the mask change, as far as the intervals show it."""
-        found = []
-        for key in dict.fromkeys((row.format, row.granularity) for row in self.rows):
-            said = [
-                f"{what} {_change(row.against_plain if row.treatment != 'baked+mask' else row.by_mask)}"
-                for row in self.rows
-                if (row.format, row.granularity) == key
-                for what in [_CONCLUDED.get(row.treatment)]
-                if what is not None and (row.by_mask if row.treatment == "baked+mask" else row.against_plain)
-            ]
-            if said:
-                found.append(f"{key[0]} {key[1]}: {'; '.join(said)}.")
-        return found
-
-    def save(self, directory: str | Path) -> list[Path]:
-        """Writes the scales of every static setting, and each baked prefix in a directory of the treatment's name.
-
-        Raises:
-            InputError: A prefix cannot be kept as keys and values.
-            OutputError: They cannot be written.
-        """
-        directory = Path(directory)
-        about = {
-            "model": self.model.to_dict(),
-            "T": self.T,
-            "left_out": {
-                of: [
-                    *([f"the prefix {list(self.prefix.ids)}"] if of in _BAKED else []),
-                    *([f"{self.elsewhere['calibration'].n} massive tokens elsewhere"] if of in _BAKED else []),
-                ]
-                for of in self.settings["treatments"]
-            },
-            "prefix": asdict(self.prefix),
-            "mask": self.settings["mask"],
-            "calibration": self.settings["calibration"],
-        }
-        written = []
-        if self.calibrated:
-            written.append(write_scales(directory, self.linear_inputs, self.calibrated, about))
-        for treatment, prefix in self.baked.items():
-            written.append(prefix.save(directory / treatment))
-        return written
-
-
-_WORDS: Mapping[Treatment, str] = {
-    "plain": "as it is",
-    "baked": "with the prefix baked",
-    "baked+mask": "with the prefix baked under the mask",
-    "mask": "under the mask",
-}
-_SCALED: Mapping[Granularity, str] = {
-    "per-tensor": "one static scale a tensor",
-    "per-token": "a scale for each token",
-    "per-channel": "one static scale a channel",
-}
-_CONCLUDED: Mapping[Treatment, str] = {
-    "baked": "baking the prefix",
-    "mask": "the mask alone",
-    "baked+mask": "the mask beside baking",
-}
-
-
-def shown(perplexity: float | None) -> str:
-    """A perplexity for people; quantised models may reach any size."""
-    if perplexity is None:
-        return "not finite"
-    return f"{perplexity:,.2f}" if perplexity < 1e5 else f"{perplexity:.1e}"
-
-
-def _change(found: Difference | None) -> str:
-    assert found is not None
-    ends = "" if found.low is None else f" ({found.low:+.3f} to {found.high:+.3f})"
-    size = f"{abs(found.value):.3f} nats a token{ends}"
-    if not found.shown:
-        return f"shows no difference ({found.value:+.3f} nats a token{ends.replace('(', 'interval ').rstrip(')')})"
-    return f"{'gives back' if found.value < 0 else 'costs'} {size}"
 
 
 # --- the measurement -----------------------------------------------------------------------------------------------
@@ -369,7 +133,7 @@ def quant_check(
     held, predicted = _sequences(decoder, tokenizer, texts, calibration, ids, T, n_sequences)
     notes = list(found.notes)
     criterion = criterion or Criterion()
-    n_masked = int(treatments is None or any(of in _MASKED for of in kinds[2]))
+    n_masked = int(treatments is None or any(of in MASKED for of in kinds[2]))
     total = T * (len(held) * (2 + n_masked) + len(predicted) * (1 + n_masked + _product(kinds)))
     bar = _Bar(progress, total)
     shared = {"max_batch_tokens": max_batch_tokens}
@@ -377,7 +141,7 @@ def quant_check(
     me_layer, above, apart = _massive(decoder, held, criterion, bar.part(T * len(held)), max_batch_tokens)
     chosen, said = _possible(kinds[2], treatments is not None, me_layer, mask, bool(ids))
     notes += said
-    masking = any(of in _MASKED for of in chosen)
+    masking = any(of in MASKED for of in chosen)
     if mask is None and masking:
         assert me_layer is not None
         info = describe(decoder, name)
@@ -394,10 +158,10 @@ def quant_check(
     worn = mask if masking else None
     with collected() as said:
         # Before any long run: whatever is wrong with a mask is wrong now.
-        baked = {of: BakedPrefix.of(model, ids, worn if of in _MASKED else None) for of in _BAKED if of in chosen}
+        baked = {of: BakedPrefix.of(model, ids, worn if of in MASKED else None) for of in BAKED if of in chosen}
         apart[:, : len(ids)] = True
         calibrated: dict[bool, Maxima] = {}
-        for masked in sorted({of in _MASKED for of in chosen}):
+        for masked in sorted({of in MASKED for of in chosen}):
             with worn.apply(model, parts=parts) if worn and masked else nullcontext():
                 calibrated[masked] = maxima(
                     decoder, found.found, held, apart, progress=bar.part(T * len(held)), **shared
@@ -414,7 +178,7 @@ def quant_check(
             for granularity in kinds[1]:
                 for treatment in chosen:
                     of = ScaleSet(treatment, format, granularity)
-                    grid = calibrated[treatment in _MASKED].scales(format, granularity, left_out=treatment in _BAKED)
+                    grid = calibrated[treatment in MASKED].scales(format, granularity, left_out=treatment in BAKED)
                     if grid is not None:
                         sets[of] = grid
                     rounding = Rounding(found.found, format, grid, flags)
@@ -436,6 +200,9 @@ def quant_check(
         tuple(bool(flag) for flag in run.prefix_massive),
     )
     notes += _remarks(me_layer, start, elsewhere, len(predicted), bool(baked))
+    notes += [
+        f"The prefix of {of} cannot be written: {why}." for of, found in baked.items() if (why := found.unwritable)
+    ]
     sizes = [T - len(ids) - 1] * len(predicted)
     return QuantCheckResult(
         model=describe(decoder, name),
@@ -472,59 +239,6 @@ def quant_check(
 
 
 # --- running -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Rounding:
-    """Every linear input of the forward passes inside its context on a grid, and how far off that is."""
-
-    inputs: Sequence[LinearInput]
-    format: Format
-    scales: Sequence[torch.Tensor] | None
-    """[] or [d] for each linear input; None: each token's own."""
-    apart: torch.Tensor
-    """[n_sequences, T] the tokens whose errors are counted apart: the prefix and the massive ones."""
-    sums: dict[int, torch.Tensor] = field(default_factory=dict)
-    """For each input [4]: squared errors and squares of the ordinary tokens, then of those apart; float64, host."""
-
-    @contextmanager
-    def of(self, batch: Batch) -> Iterator[None]:
-        """The forward pass of a batch runs inside; its tokens may be the last of each sequence only."""
-        width = batch.ids.shape[1]
-        apart = self.apart[[row.index for row in batch.rows], -width:].flatten()
-        found: dict[int, torch.Tensor] = {}
-        last: list[torch.Tensor] = []
-
-        def change(place: int, x: torch.Tensor) -> torch.Tensor | None:
-            if x.shape[:-1].numel() != len(apart):
-                return None  # the single token with which the head is called for its logits
-            if last and last[0] is x:  # rounded already, for another map that reads it
-                return last[1]
-            flat = x.float().reshape(-1, x.shape[-1])
-            scale = (
-                scales(flat.abs().amax(dim=-1, keepdim=True), self.format)
-                if self.scales is None
-                else self.scales[place].to(x.device)
-            )
-            rounded = quantised(flat, scale, self.format)
-            there = apart.to(x.device)
-            rows = [(rounded - flat).square_().sum(dim=-1), flat.square().sum(dim=-1)]
-            found[place] = torch.stack([of.where(keep, 0).sum() for keep in (~there, there) for of in rows])
-            last[:] = [x, rounded.reshape(x.shape).to(x.dtype)]
-            return last[1]
-
-        with hooks.edit(readers(self.inputs), change):
-            yield
-        for place, sums in found.items():
-            self.sums[place] = self.sums.get(place, 0) + sums.double().cpu()
-
-    def errors(self) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
-        """For each linear input the relative error over the ordinary tokens, and over those apart."""
-        both = []
-        for start in (0, 2):
-            of = [self.sums[place][start : start + 2].tolist() for place in range(len(self.inputs))]
-            both.append(tuple(math.sqrt(e / s) if s > 0 and math.isfinite(e / s) else None for e, s in of))
-        return both[0], both[1]
 
 
 @dataclass(eq=False)
@@ -599,7 +313,7 @@ def _compared(rows: Sequence[Setting], plain: Score, sizes: Sequence[int]) -> It
             row,
             cost=_difference(plain, row.score, sizes),
             against_plain=_difference(untreated.score, row.score, sizes) if untreated and untreated != row else None,
-            by_mask=_difference(unmasked.score, row.score, sizes) if unmasked and row.treatment in _MASKED else None,
+            by_mask=_difference(unmasked.score, row.score, sizes) if unmasked and row.treatment in MASKED else None,
         )
 
 
@@ -750,12 +464,12 @@ def _possible(
     if not prefix:
         reasons.update(
             dict.fromkeys(
-                _BAKED,
+                BAKED,
                 "without a begin-of-sequence token there is no fixed first token to bake; give a prefix (--prefix)",
             )
         )
     if me_layer is None and mask is None:
-        reasons.update(dict.fromkeys(_MASKED, "there is no ME layer in these texts, so there is nothing to mask"))
+        reasons.update(dict.fromkeys(MASKED, "there is no ME layer in these texts, so there is nothing to mask"))
     if mask is not None and mask.positions != "first":
         reasons["baked+mask"] = "only a mask on first tokens can be baked"
     left = [of for of in asked if of in reasons]

@@ -30,7 +30,8 @@ def run_quant_check(
     from melayer.calibration import GRANULARITIES
     from melayer.inputs import read_texts
     from melayer.mask import WeMask
-    from melayer.quant_check import TREATMENTS, known, quant_check
+    from melayer.quant_check import known, quant_check
+    from melayer.quant_check_result import TREATMENTS
     from melayer.quantisation import FORMATS
     from melayer.report import check_writable, write_quant_report
     from melayer.terminal import show_quant_check

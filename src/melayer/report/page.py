@@ -35,7 +35,7 @@ from melayer.version import __version__
 if TYPE_CHECKING:
     from melayer.contrast import ContrastResult
     from melayer.evaluate import EvalResult
-    from melayer.quant_check import QuantCheckResult
+    from melayer.quant_check_result import QuantCheckResult
     from melayer.scan_result import ScanResult
     from melayer.training import TuneResult
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from melayer.quant_check import TREATMENTS, QuantCheckResult, shown
+from melayer.quant_check_result import TREATMENTS, QuantCheckResult, shown
 from melayer.report.sections import BLUE, GREY, ORANGE, SEQUENTIAL, VERMILLION, Plot, Section, Table, label, rounded
 
 _COLOURS = dict(zip(TREATMENTS, (GREY, BLUE, ORANGE, VERMILLION), strict=True))

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from melayer.quant_check import Difference, QuantCheckResult, shown
+from melayer.quant_check_result import Difference, QuantCheckResult, shown
 from melayer.terminal.tables import table
 
 if TYPE_CHECKING:
