@@ -155,6 +155,14 @@ def quant_check(
             massive_above=above,
             made_for=MadeFor(info.family, info.n_layers, info.d_model, info.fingerprint),
         )
+        try:
+            with collected(), mask.apply(model, parts=parts):
+                pass
+        except InputError as error:
+            if treatments is not None or layers is not None:
+                raise
+            notes += [f"Not measured: {of}, since {error}" for of in chosen if of in MASKED]
+            chosen, masking = tuple(of for of in chosen if of not in MASKED), False
     worn = mask if masking else None
     with collected() as said:
         # Before any long run: whatever is wrong with a mask is wrong now.
