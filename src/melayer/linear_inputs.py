@@ -72,15 +72,11 @@ def linear_inputs(decoder: Decoder) -> LinearInputs:
     watched = [(name, module) for name, (_, _, module) in maps.items()]
     with measuring(decoder.model), edits_paused(), record_calls(watched, note):
         decoder.model(input_ids=ids, use_cache=False)
-    groups: list[list[str]] = []
+    of_tensor: dict[int, list[str]] = {}  # all are held, so no two have the same id
     for name, tensor in read.items():
-        if tensor.shape[:-1].numel() != ids.numel():
-            continue
-        # Only neighbours can share one: what the block computed in between is another tensor.
-        if groups and read[groups[-1][0]] is tensor:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
+        if tensor.shape[:-1].numel() == ids.numel():
+            of_tensor.setdefault(id(tensor), []).append(name)
+    groups = list(of_tensor.values())
     found = tuple(
         LinearInput(
             layer=maps[names[0]][0],

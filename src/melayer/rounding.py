@@ -56,8 +56,11 @@ class Rounding:
 
         with hooks.edit(readers(self.inputs), change):
             yield
-        for place, sums in found.items():
-            self.sums[place] = self.sums.get(place, 0) + sums.double().cpu()
+        for device in {sums.device for sums in found.values()}:
+            places = [place for place, sums in found.items() if sums.device == device]
+            together = torch.stack([found[place] for place in places]).double().cpu()
+            for place, sums in zip(places, together, strict=True):
+                self.sums[place] = self.sums.get(place, 0) + sums
 
     def errors(self) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
         """For each linear input the relative error over the ordinary tokens, and over those apart."""
