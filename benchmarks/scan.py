@@ -12,7 +12,8 @@ computed afterwards. Ratios are to the plain pass of the same round; the table s
 TransformerLens (`run_with_cache`, the statistics of the residual stream afterwards) runs where an environment of its
 own has it beside melayer; name its interpreter: --python transformer-lens=env/bin/python
 
-With --documents it scans so many short documents and prints the resident memory as they go by.
+With --documents it runs so many short documents, the forward passes alone and a scan of every site, and prints how far
+the resident memory moves from batch to batch, and whether it grows.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ CONTENDERS = ("plain", "block-out", "all-sites", "int8", "hidden-states")
 OPTIONAL = ("transformer-lens",)
 TOKENS = 16384
 """In all sequences together."""
+READ_AHEAD = 1900  # documents that are batched together
 
 
 def run_plain(model: Any, tokenizer: Any, ids: Any, texts: list[str], length: int) -> None:
@@ -129,22 +131,47 @@ def child(contender: str, length: int) -> dict[str, float]:
     return {"seconds": seconds, "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def growth(documents: int) -> list[dict[str, float]]:
-    """The resident memory of a scan of so many documents of about a dozen tokens, at a hundred points on the way."""
+def growth(contender: str, documents: int) -> list[float]:
+    """The resident memory after each batch of so many documents of about a dozen tokens, in bytes."""
     import melayer
+    from melayer.inputs import batches, encode
+    from melayer.locate import forward
 
     model, tokenizer, _ = melayer.load("demo")
-    points: list[dict[str, float]] = []
+    texts = [f"Entry {n}: the {n % 97} of {n % 89} and a {n * 7 % 83}." for n in range(documents)]
+    sizes: list[float] = []
 
-    def look(done: int, total: int | None, note: str) -> None:
+    def look(*given: object) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        points.append({"documents": done, "rss_bytes": pages * resource.getpagesize()})
+        sizes.append(pages * resource.getpagesize())
 
+    if contender == "plain":
+        for start in range(0, documents, READ_AHEAD):
+            for batch in batches(encode(tokenizer, texts[start : start + READ_AHEAD], max_tokens=512)):
+                forward(model, batch)
+                look()
+        return sizes
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "corpus.txt"
-        path.write_text("".join(f"Entry {n}: the {n % 97} of {n % 89} and a {n * 7 % 83}.\n" for n in range(documents)))
+        path.write_text("".join(f"{text}\n" for text in texts))
         melayer.scan(model, tokenizer, path, store=directory, checkpoint_seconds=10, progress=look)
-    return points
+    return sizes
+
+
+def flatness(documents: int) -> dict[str, Any]:
+    """For the forward passes alone and for a scan, each in its own process, from about 100 documents on."""
+    found: dict[str, Any] = {"documents": documents}
+    for contender in ("plain", "all-sites"):
+        command = [sys.executable, __file__, "--child-growth", contender, str(documents)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        sizes = json.loads(done.stdout.splitlines()[-1])[1:]
+        tenth = max(1, len(sizes) // 10)
+        found[contender] = {
+            "rss_bytes": sizes,
+            "max_over_min": max(sizes) / min(sizes),
+            "last_over_first_tenth": statistics.median(sizes[-tenth:]) / statistics.median(sizes[:tenth]),
+        }
+    return found
 
 
 def measure(contender: str, length: int, python: str = sys.executable) -> dict[str, float] | None:
@@ -188,20 +215,25 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PYTHON", help="transformer-lens=...")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child-growth", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         print(json.dumps(child(given.child[0], int(given.child[1]))))
         return
+    if given.child_growth:
+        print(json.dumps(growth(given.child_growth[0], int(given.child_growth[1]))))
+        return
     if given.documents:
-        points = [point for point in growth(given.documents) if point["documents"] >= 100]
-        sizes = [point["rss_bytes"] for point in points]
-        found = {"documents": given.documents, "max_over_min": max(sizes) / min(sizes), "points": points}
+        found = flatness(given.documents)
         if given.json:
             print(json.dumps(found))
             return
-        for point in points[:: max(1, len(points) // 20)]:
-            print(f"{point['documents']:8,} documents {point['rss_bytes'] / 1e6:8.0f} MB")
-        print(f"largest over smallest from 100 documents on: {found['max_over_min']:.3f}")
+        print(f"{'contender':12} {'smallest MB':>12} {'largest MB':>12} {'ratio':>6} {'last tenth over first':>22}")
+        for contender in ("plain", "all-sites"):
+            row = found[contender]
+            low, high = (f(row["rss_bytes"]) / 1e6 for f in (min, max))
+            ratios = f"{row['max_over_min']:6.3f} {row['last_over_first_tenth']:22.3f}"
+            print(f"{contender:12} {low:12.0f} {high:12.0f} {ratios}")
         return
     pythons = dict(item.partition("=")[::2] for item in given.python)
     if not set(pythons) <= set(OPTIONAL):

@@ -55,7 +55,7 @@ def test_it_prints_and_writes(toy_directory, texts, tmp_path):
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
     assert "Unquantised the perplexity is" in said
-    assert "What follows" in said
+    assert "What baking and the mask change" in said
     assert "Worst linear inputs" in said
     assert "Open " in said
     assert sorted(path.name for path in out.iterdir()) == [

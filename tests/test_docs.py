@@ -67,13 +67,14 @@ def test_every_public_name_and_command_is_documented():
         "measure",
         "contrast",
         "scan",
+        "quant_check",
     ):
         assert f"melayer.{name}(" in documents
     for name in ("SetMassive", "FlatGamma", "CapWrite", "RemoveNeurons"):
         assert f"`{name}" in documents
     for command in (
         "locate", "explain", "rigidity", "sinks", "report", "generate", "sweep", "eval", "compare", "tune", "contrast",
-        "scan",
+        "scan", "quant-check",
     ):  # fmt: skip
         assert f"melayer {command} " in documents
 

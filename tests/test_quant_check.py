@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from melayer.hooks import cache_argument
 from melayer.linear_inputs import linear_inputs
 from melayer.mask import WeMask
 from melayer.provenance import fingerprint
-from melayer.quant_check_result import TREATMENTS, Difference, _change
+from melayer.quant_check_result import TREATMENTS, Change, Difference
 from melayer.report.quant_check import section
 from melayer.terminal import show_quant_check
 from test_mask import ME, model_of
@@ -230,7 +229,7 @@ def test_massive_tokens_elsewhere_are_left_out_of_calibration_and_counted(model)
     assert [result.elsewhere[of].n for of in ("calibration", "evaluation")] == [1, 1]
     assert result.elsewhere["evaluation"].n_tokens == N * (T - 1)
     assert any(
-        note.startswith("1 massive tokens of the evaluation sequences stand behind the prefix") for note in result.notes
+        note.startswith("1 massive token of the evaluation sequences stands behind the prefix") for note in result.notes
     )
     plain, baked = (result.find("int8", "per-tensor", of) for of in ("plain", "baked"))
     assert error_at(result, plain, ME) > 0.9
@@ -254,30 +253,22 @@ def test_a_mask_may_be_given(model):
 # --- what it says --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_given_back_has_the_sign_of_its_interval(result):
-    (line,) = [line for line in result.conclusions if line.startswith("int8 per-tensor")]
-    change = result.find("int8", "per-tensor", "baked").against_plain
-    if change.shown:
-        found = re.search(r"baking the prefix (gives back|costs) ([\d.]+) nats a token \(([\d.]+) to ([\d.]+)\)", line)
-        what, size, low, high = found[1], *map(float, found.groups()[1:])
-        assert what == ("gives back" if change.value < 0 else "costs")
-        assert low <= size <= high
-        assert size == pytest.approx(abs(change.value), abs=5e-4)
-    else:
-        assert "baking the prefix shows no difference (" in line
-
-
-@pytest.mark.parametrize(
-    ("value", "low", "high", "said"),
-    [
-        (-0.398, -0.463, -0.349, "gives back 0.398 nats a token (0.349 to 0.463)"),
-        (0.2, 0.1, 0.3, "costs 0.200 nats a token (0.100 to 0.300)"),
-        (0.02, -0.003, 0.044, "shows no difference (+0.020 nats a token; interval -0.003 to +0.044)"),
-        (0.02, None, None, "shows no difference (+0.020 nats a token)"),
-    ],
-)
-def test_changes_in_words(value, low, high, said):
-    assert _change(Difference(value, low, high)) == said
+def test_what_changes_is_said_as_far_as_the_interval_shows_it(result):
+    assert len(result.changes) == 3 * 3 * 3
+    (baking,) = [
+        change for change in result.changes
+        if (change.format, change.granularity, change.what) == ("int8", "per-tensor", "baking the prefix")
+    ]  # fmt: skip
+    assert baking.by == result.find("int8", "per-tensor", "baked").against_plain
+    beside = next(change for change in result.changes if change.what == "the mask beside baking")
+    assert beside.by == result.find("int8", "per-tensor", "baked+mask").by_mask
+    for value, low, high, said in (
+        (-0.4, -0.5, -0.3, "gives back"),
+        (0.2, 0.1, 0.3, "costs"),
+        (0.02, -0.01, 0.05, "no difference shown"),
+        (0.02, None, None, "no difference shown"),
+    ):
+        assert Change("int8", "per-tensor", "it", Difference(value, low, high)).verdict == said
 
 
 def test_terminal_and_page(result):
@@ -291,11 +282,13 @@ def test_terminal_and_page(result):
     assert f"block {ME} {DOWN}" in printed
     made = section(result)
     assert made.answer == result.sentence
-    bars, errors = (part.figure["data"] for part in made.parts[:2])
+    bars, errors = (part.figure["data"] for part in (made.parts[0], made.parts[2]))
     assert sum(len(trace["x"]) for trace in bars) == len(result.rows)
+    assert sum(trace["visible"] for trace in bars) == len(TREATMENTS)
     assert len(errors) == len(result.rows)
     assert sum(trace["visible"] for trace in errors) == 1
-    json.dumps([part.figure for part in made.parts[:2]], allow_nan=False)
+    json.dumps([made.parts[0].figure, made.parts[2].figure], allow_nan=False)
+    assert len(made.parts[1].rows) == len(result.changes)
 
 
 def test_what_it_writes_can_be_read_again(model, result, tmp_path):

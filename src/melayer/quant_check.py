@@ -164,6 +164,7 @@ def quant_check(
             notes += [f"Not measured: {of}, since {error}" for of in chosen if of in MASKED]
             chosen, masking = tuple(of for of in chosen if of not in MASKED), False
     worn = mask if masking else None
+    warned: list[str] = []
     with collected() as said:
         # Before any long run: whatever is wrong with a mask is wrong now.
         baked = {of: BakedPrefix.of(model, ids, worn if of in MASKED else None) for of in BAKED if of in chosen}
@@ -192,12 +193,13 @@ def quant_check(
                     rounding = Rounding(found.found, format, grid, flags)
                     # Where the prefix is baked, the mask is in its keys and values and nowhere else.
                     hooked = worn.apply(model, parts=parts) if worn and treatment == "mask" else nullcontext()
-                    with hooked:
+                    with collected() as of_setting, hooked:
                         score = run.scored(bar.part(T * len(predicted)), rounding, baked.get(treatment))
+                    warned += [f"{format} {granularity} {treatment}: {text}" for text in of_setting]
                     measured.append(
                         Setting(format, granularity, treatment, score, None, None, None, *rounding.errors())
                     )
-    notes += said
+    notes += [*said, *warned]
     elsewhere = {
         "calibration": Elsewhere(int(apart[:, len(ids) :].sum()), apart[:, len(ids) :].numel()),
         "evaluation": Elsewhere(int(flags[:, len(ids) :].sum()), flags[:, len(ids) :].numel()),
@@ -495,9 +497,11 @@ def _remarks(
         yield "No token of the prefix is massive, so baking it takes no massive token away."
     for what, found in elsewhere.items():
         if found.n and baked:
+            several = found.n > 1
             yield (
-                f"{found.n} massive tokens of the {what} sequences stand behind the prefix ({found.n_tokens:,} "
-                "tokens), so they could not be baked; left out of calibration, they saturate."
+                f"{found.n} massive token{'s' * several} of the {what} sequences stand{'s' * (not several)} behind the "
+                f"prefix ({found.n_tokens:,} tokens) and could not be baked; left out of calibration, "
+                f"{'they saturate' if several else 'it saturates'}."
             )
     if n < _FEW:
         yield f"With {n} sequences the intervals are rough."

@@ -81,6 +81,23 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What a treatment does to a setting."""
+
+    format: Format
+    granularity: Granularity
+    what: str
+    by: Difference
+
+    @property
+    def verdict(self) -> str:
+        """As far as the interval shows it."""
+        if not self.by.shown:
+            return "no difference shown"
+        return "gives back" if self.by.value < 0 else "costs"
+
+
+@dataclass(frozen=True)
 class InputRow:
     """One linear input as the result names it."""
 
@@ -177,7 +194,7 @@ class QuantCheckResult:
         """The answer in one sentence, computed from the figures of the first format and granularity."""
         first = self.rows[0]
         same = [row for row in self.rows if (row.format, row.granularity) == (first.format, first.granularity)]
-        said = ", ".join(f"{_WORDS[row.treatment]} {shown(row.score.perplexity)}" for row in same)
+        said = ", ".join(f"{shown(row.score.perplexity)} {_WORDS[row.treatment]}" for row in same)
         text = (
             f"Unquantised the perplexity is {shown(self.unquantised.perplexity)}; with {first.format} activations, "
             f"{_SCALED[first.granularity]}, it is {said}"
@@ -188,19 +205,13 @@ class QuantCheckResult:
         return f"{text}."
 
     @property
-    def conclusions(self) -> list[str]:
-        """For each format and granularity what baking and the mask change, as far as the intervals show it."""
+    def changes(self) -> list[Change]:
+        """For each format and granularity what baking and the mask change, where both sides were measured."""
         found = []
-        for key in dict.fromkeys((row.format, row.granularity) for row in self.rows):
-            said = [
-                f"{what} {_change(row.against_plain if row.treatment != 'baked+mask' else row.by_mask)}"
-                for row in self.rows
-                if (row.format, row.granularity) == key
-                for what in [_CONCLUDED.get(row.treatment)]
-                if what is not None and (row.by_mask if row.treatment == "baked+mask" else row.against_plain)
-            ]
-            if said:
-                found.append(f"{key[0]} {key[1]}: {'; '.join(said)}.")
+        for row in self.rows:
+            change = row.by_mask if row.treatment == "baked+mask" else row.against_plain
+            if change is not None and row.treatment in _CHANGED:
+                found.append(Change(row.format, row.granularity, _CHANGED[row.treatment], change))
         return found
 
     def save(self, directory: str | Path) -> list[Path]:
@@ -236,7 +247,7 @@ class QuantCheckResult:
 
 
 _WORDS: Mapping[Treatment, str] = {
-    "plain": "as it is",
+    "plain": "untreated",
     "baked": "with the prefix baked",
     "baked+mask": "with the prefix baked under the mask",
     "mask": "under the mask",
@@ -246,7 +257,7 @@ _SCALED: Mapping[Granularity, str] = {
     "per-token": "a scale for each token",
     "per-channel": "one static scale a channel",
 }
-_CONCLUDED: Mapping[Treatment, str] = {
+_CHANGED: Mapping[Treatment, str] = {
     "baked": "baking the prefix",
     "mask": "the mask alone",
     "baked+mask": "the mask beside baking",
@@ -258,16 +269,3 @@ def shown(perplexity: float | None) -> str:
     if perplexity is None:
         return "not finite"
     return f"{perplexity:,.2f}" if perplexity < 1e5 else f"{perplexity:.1e}"
-
-
-def _change(found: Difference | None) -> str:
-    assert found is not None
-    if not found.shown:
-        ends = "" if found.low is None else f"; interval {found.low:+.3f} to {found.high:+.3f}"
-        return f"shows no difference ({found.value:+.3f} nats a token{ends})"
-    assert found.low is not None
-    assert found.high is not None
-    low, high = sorted((abs(found.low), abs(found.high)))
-    return (
-        f"{'gives back' if found.value < 0 else 'costs'} {abs(found.value):.3f} nats a token ({low:.3f} to {high:.3f})"
-    )

@@ -7,54 +7,109 @@ from typing import Any
 
 import numpy as np
 
-from melayer.quant_check_result import TREATMENTS, QuantCheckResult, shown
+from melayer.quant_check_result import TREATMENTS, QuantCheckResult, Setting, shown
 from melayer.report.sections import BLUE, GREY, ORANGE, SEQUENTIAL, VERMILLION, Plot, Section, Table, label, rounded
 
 _COLOURS = dict(zip(TREATMENTS, (GREY, BLUE, ORANGE, VERMILLION), strict=True))
 
 
 def section(result: QuantCheckResult) -> Section:
-    """Bars of the perplexity, a map of the errors with a menu of settings, and all figures."""
+    """Bars of the perplexity by format, what the treatments change, a map of the errors by setting, and all figures."""
     return Section(
         "quant-check",
         "What quantised activations cost",
         result.sentence,
-        [_bars(result), _errors(result), _figures(result)],
+        [_bars(result), *([_changes(result)] if result.changes else []), _errors(result), _figures(result)],
     )
 
 
 def _bars(result: QuantCheckResult) -> Plot:
+    formats, treatments = result.settings["formats"], result.settings["treatments"]
     data: list[dict[str, Any]] = []
-    for treatment in result.settings["treatments"]:
-        rows = [row for row in result.rows if row.treatment == treatment]
-        data.append(
-            {
-                "type": "bar",
-                "name": treatment,
-                "x": [f"{row.format} {row.granularity}" for row in rows],
-                "y": rounded(np.array([math.nan if (p := row.score.perplexity) is None else p for row in rows]), 5),
-                "marker": {"color": _COLOURS[treatment]},
-                "hovertemplate": f"%{{x}}, {treatment}: %{{y}}<extra></extra>",
-            }
-        )
+    for format in formats:
+        for treatment in treatments:
+            rows = [row for row in result.rows if (row.format, row.treatment) == (format, treatment)]
+            heights = np.array([math.nan if (p := row.score.perplexity) is None else p for row in rows])
+            ends = np.array([_ends(result, row) for row in rows])
+            data.append(
+                {
+                    "type": "bar",
+                    "name": treatment,
+                    "x": [row.granularity for row in rows],
+                    "y": rounded(heights, 5),
+                    "error_y": {
+                        "type": "data",
+                        "symmetric": False,
+                        "array": rounded(ends[:, 1] - heights, 5),
+                        "arrayminus": rounded(heights - ends[:, 0], 5),
+                        "thickness": 1,
+                    },
+                    "marker": {"color": _COLOURS[treatment]},
+                    "visible": format == formats[0],
+                    "hovertemplate": f"{format} %{{x}}, {treatment}: %{{y}}<extra></extra>",
+                }
+            )
     base = result.unquantised.perplexity
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": base, "y1": base}
+    buttons = [
+        {
+            "label": format,
+            "method": "restyle",
+            "args": [{"visible": [other == format for other in formats for _ in treatments]}],
+        }
+        for format in formats
+    ]
+    menu = {
+        "type": "dropdown",
+        "buttons": buttons,
+        "active": 0,
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.06,
+        "yanchor": "bottom",
+    }
+    first = result.rows[0]
+    changes = [of for of in result.changes if (of.format, of.granularity) == (first.format, first.granularity)]
+    found = "; ".join(f"{of.what}: {of.verdict} ({of.by.value:+.3f})" for of in changes)
+    cost = "" if first.cost is None else f" costs {first.cost.value:+.3f} nats a token"
     return Plot(
         "quant-perplexity",
         "Perplexity by format, scales and treatment",
-        " ".join(result.conclusions) or "One treatment was measured, so there is nothing to compare.",
-        f"Lower is better, and the axis is logarithmic; the dashed line is the unquantised model ({shown(base)}). "
-        f"Every bar predicts the same {result.n_predicted:,} tokens of {result.n_sequences} sequences. baked: the "
-        "prefix in full precision and left out of calibration; mask: part of the massive token taken "
-        "away where attention reads.",
+        f"{first.label}{cost}" + (f"; {found}." if found else "."),
+        f"Lower is better; the dashed line is the unquantised model ({shown(base)}). The menu chooses the format, and "
+        f"the axis follows. Every bar predicts the same {result.n_predicted:,} tokens of {result.n_sequences} "
+        "sequences; its whisker is the interval of the cost against the unquantised model. baked: the prefix in full "
+        "precision and left out of calibration; mask: part of the massive token taken away where attention reads.",
         {
             "data": data,
             "layout": {
                 "barmode": "group",
-                "yaxis": {"title": {"text": "perplexity"}, "type": "log"},
+                "yaxis": {"title": {"text": "perplexity"}, "rangemode": "tozero"},
                 "shapes": [{**line, "line": {"color": GREY, "width": 2, "dash": "dash"}}],
+                "updatemenus": [menu | {"y": 1.06, "yanchor": "bottom"}] if len(formats) > 1 else [],
             },
         },
+    )
+
+
+def _ends(result: QuantCheckResult, row: Setting) -> tuple[float, float]:
+    """The perplexities at the ends of the interval of the cost."""
+    base, cost = result.unquantised.nll, row.cost
+    if base is None or cost is None or cost.low is None or cost.high is None or base + cost.high > 700:
+        return math.nan, math.nan
+    return math.exp(base + cost.low), math.exp(base + cost.high)
+
+
+def _changes(result: QuantCheckResult) -> Table:
+    rows = []
+    for change in result.changes:
+        by = change.by
+        ends = "—" if by.low is None else f"{by.low:+.3f} to {by.high:+.3f}"
+        rows.append([change.format, change.granularity, change.what, f"{by.value:+.3f}", ends, change.verdict])
+    return Table(
+        "What baking and the mask change (each interval stands alone: of twenty one leaves out 0 by chance)",
+        ["format", "scales", "what", "nats a token", "interval", ""],
+        rows,
     )
 
 
@@ -72,7 +127,6 @@ def _errors(result: QuantCheckResult) -> Plot:
                 "z": rounded(grid, 3),
                 "x": [label(paths[0]) for paths in places],
                 "zmin": 0,
-                "zmax": 100,
                 "colorscale": SEQUENTIAL,
                 "colorbar": {"title": {"text": "%"}, "thickness": 12},
                 "visible": at == 0,
@@ -94,7 +148,7 @@ def _errors(result: QuantCheckResult) -> Plot:
         + ".",
         "The menu chooses the setting. Each square is what one linear map reads (or several that read the same, named "
         "by the first): the size of the rounding error against that of the activations, over ordinary tokens; brighter "
-        "is worse, and at 100 % nothing of them is left.",
+        "is worse, in the setting's own range, and at 100 % nothing of them is left.",
         {
             "data": traces,
             "layout": {

@@ -21,19 +21,18 @@ def show_quant_check(result: QuantCheckResult, console: Console) -> None:
     for note in result.notes:
         console.print(escape(note), style="dim", highlight=False)
     console.print(_settings(result))
-    console.print("\n[bold]What follows[/]")
-    for line in result.conclusions:
-        console.print(escape(line), highlight=False)
+    if result.changes:
+        console.print(_changes(result))
     console.print(_worst(result))
     under = result.unquantised_mask
     console.print(
         f"Unquantised: {shown(result.unquantised.perplexity)}"
         + ("" if under is None else f", under the mask {shown(under.perplexity)}")
         + ". cost: mean log-loss against the unquantised model, in nats a token, with its "
-        f"{result.settings['level']:.0%} interval by sequence. error: median over the linear inputs of the relative "
-        "error of ordinary tokens. Rounded is what the linear maps of the blocks read; the head, the weights, keys and "
-        f"values are not. {escape(result.model.name)}, {result.model.dtype}, fingerprint {result.model.fingerprint}. "
-        "Blocks are 0-based.",
+        f"{result.settings['level']:.0%} interval by sequence; each stands alone: of twenty one leaves out 0 by chance. "
+        "error: median over the linear inputs of the relative error of ordinary tokens. Rounded is what the linear maps "
+        "of the blocks read; the head, the weights, keys and values are not. "
+        f"{escape(result.model.name)}, {result.model.dtype}, fingerprint {result.model.fingerprint}. Blocks are 0-based.",
         style="dim",
         highlight=False,
     )
@@ -58,13 +57,22 @@ def _settings(result: QuantCheckResult) -> Table:
     return table(title, columns, rows)
 
 
+def _changes(result: QuantCheckResult) -> Table:
+    columns = [("format", False), ("scales", False), ("what", False), ("nats a token", True), ("interval", True)]
+    rows = [
+        [change.format, change.granularity, change.what, f"{change.by.value:+.3f}", _ends(change.by), change.verdict]
+        for change in result.changes
+    ]
+    return table("What baking and the mask change (below 0: given back)", [*columns, ("", False)], rows)
+
+
 def _worst(result: QuantCheckResult) -> Table:
     def lines() -> Iterable[list[str]]:
         for row in result.rows:
             for at, error in result.worst(row, 1):
                 yield [row.label, at.label, f"{error:.1%}"]
 
-    return table("Worst linear inputs", [("setting", False), ("begins", False), ("error", True)], lines())
+    return table("Worst linear inputs", [("setting", False), ("input", False), ("error", True)], lines())
 
 
 def _ends(found: Difference | None) -> str:
