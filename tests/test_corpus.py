@@ -172,6 +172,36 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
         all_of(Corpus("owner/name"))
 
 
+def test_a_stream_of_datasets_itself(tmp_path, monkeypatch):
+    """Not the hub, which tests cannot reach, but what its client streams."""
+    import datasets
+
+    for shard in range(2):
+        rows(
+            tmp_path / f"{shard}.jsonl", *({"text": f"{shard} {place}", "kind": "ab"[place % 2]} for place in range(3))
+        )
+    original = datasets.load_dataset
+    files = [str(tmp_path / f"{shard}.jsonl") for shard in range(2)]
+
+    def of_files(name, split, streaming):
+        assert (name, split) == ("owner/name", "test")
+        return original("json", data_files={"test": files}, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", of_files)
+    corpus = Corpus("owner/name", split="test", category="kind")
+    texts = [f"{shard} {place}" for shard in range(2) for place in range(3)]
+    assert [item.text for item in all_of(corpus)] == texts
+    assert [item.category for item in all_of(corpus)] == list("abaaba")
+    assert [item.index for item in all_of(corpus, mine=lambda index: index % 2 == 1, stop=5)] == [1, 3]
+    with pytest.raises(InputError, match=r"has the columns text, kind, not 'words'"):
+        all_of(Corpus("owner/name", split="test", column="words"))
+    (tmp_path / "1.jsonl").write_text('{"text": \n')
+    with pytest.raises(
+        InputError, match=r"owner/name cannot be read on from document 3: .* goes on from what was kept"
+    ):
+        all_of(corpus)
+
+
 def test_many_files_are_one_corpus_in_the_order_of_their_names(tmp_path):
     directory = tmp_path / "shards"
     directory.mkdir()

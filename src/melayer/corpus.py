@@ -235,18 +235,26 @@ class Corpus:
 
         try:
             return load_dataset(self.source, split=self.split, streaming=True)
-        except (OSError, ValueError, RuntimeError) as error:  # what datasets and the hub's client raise
+        except _of_datasets() as error:
             raise InputError(
                 f"{self.source!r} is no file here, and cannot be had from the hub: {_first_line(error)} "
                 "Check the spelling and the network, or give a file."
             ) from error
 
     def _rows(self, rows: Iterable[Any], mine: Mine, stop: int | None) -> Iterator[Document | LeftOut]:
-        for index, row in enumerate(rows):
-            if index == stop:
-                return
-            if mine(index):
-                yield self._document(index, row)
+        index = 0
+        try:
+            for row in rows:
+                if index == stop:
+                    return
+                if mine(index):
+                    yield self._document(index, row)
+                index += 1
+        except _of_datasets() as error:
+            raise InputError(
+                f"{self.source} cannot be read on from document {index}: {_first_line(error)} The same command goes on "
+                "from what was kept with --out."
+            ) from error
 
     def _document(self, index: int, row: Any) -> Document | LeftOut:
         if not isinstance(row, dict):
@@ -317,6 +325,15 @@ def _check_lines(path: Path, line: bytes) -> None:
 def _until(stop: int | None, begin: int, count: int) -> range:
     """So many places from `begin` on, those from `stop` on left out."""
     return range(begin, begin + count if stop is None else max(begin, min(begin + count, stop)))
+
+
+def _of_datasets() -> tuple[type[Exception], ...]:
+    """What datasets and the hub's client raise."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from pyarrow import ArrowException
+
+    return DatasetsError, HTTPError, ArrowException, OSError, ValueError, RuntimeError
 
 
 def _as_parquet(path: Path) -> Any:

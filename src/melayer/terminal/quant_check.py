@@ -29,10 +29,11 @@ def show_quant_check(result: QuantCheckResult, console: Console) -> None:
         f"Unquantised: {shown(result.unquantised.perplexity)}"
         + ("" if under is None else f", under the mask {shown(under.perplexity)}")
         + ". cost: mean log-loss against the unquantised model, in nats a token, with its "
-        f"{result.settings['level']:.0%} interval by sequence; each stands alone: of twenty one leaves out 0 by chance. "
-        "error: median over the linear inputs of the relative error of ordinary tokens. Rounded is what the linear maps "
-        "of the blocks read; the head, the weights, keys and values are not. "
-        f"{escape(result.model.name)}, {result.model.dtype}, fingerprint {result.model.fingerprint}. Blocks are 0-based.",
+        f"{result.settings['level']:.0%} interval by sequence; each stands alone: of twenty one leaves out 0 by "
+        "chance. error: median over the linear inputs of the relative error of ordinary tokens. Rounded is what the "
+        "linear maps of the blocks read; the head, the weights, keys and values are not. "
+        f"{escape(result.model.name)}, {result.model.dtype}, fingerprint {result.model.fingerprint}. "
+        "Blocks are 0-based.",
         style="dim",
         highlight=False,
     )
