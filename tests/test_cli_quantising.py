@@ -41,7 +41,7 @@ def test_options_have_the_names_and_defaults_of_the_function():
     assert vars(Criterion()).items() <= options.items()
     function = defaults(melayer.quant_check)
     # Lists are text on the command line, and texts are files.
-    elsewhere = {"model", "tokenizer", "texts", "criterion", "parts", "name", "progress", "mask"}
+    elsewhere = {"model", "tokenizer", "texts", "criterion", "parts", "name", "progress", "mask", "resume"}
     for name in function.keys() - elsewhere - {"formats", "granularities", "treatments"}:
         assert options[name] == function[name], name
     for name in ("formats", "granularities"):
@@ -59,7 +59,7 @@ def test_it_prints_and_writes(toy_directory, texts, tmp_path):
     assert "Worst linear inputs" in said
     assert "Open " in said
     assert sorted(path.name for path in out.iterdir()) == [
-        "baked", "baked+mask", "report.html", "report.json", "scales.json", "scales.safetensors",
+        "baked", "baked+mask", "quant-check.jsonl", "report.html", "report.json", "scales.json", "scales.safetensors",
     ]  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert report["quant_check"]["me_layer"] == 3
@@ -70,6 +70,20 @@ def test_it_prints_and_writes(toy_directory, texts, tmp_path):
     )
     assert len(steps) == len(report["quant_check"]["inputs"])
     assert BakedPrefix.load(out / "baked", loaded.model).ids == (toys.X,)
+
+
+def test_it_goes_on_from_what_was_kept(toy_directory, texts, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("quant-check", toy_directory, "--file", texts, *FEW, "--json", "--out", out)
+    whole = run(*arguments)
+    lines = (out / "quant-check.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * 4
+    (out / "quant-check.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
+    again = run(*arguments)
+    assert again.stdout == whole.stdout
+    assert len((out / "quant-check.jsonl").read_text().splitlines()) == 1 + 2 * 4
+    said = failing(*arguments, "-T", "12")
+    assert "quant-check.jsonl is of another quant-check: calibration, sequences differ" in said
 
 
 def test_json_is_to_dict_and_nothing_else(toy_directory, texts):

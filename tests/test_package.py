@@ -25,6 +25,7 @@ ORDER = (
     "quantisation",
     "paired",
     "jsonl",
+    "finished",
     "processes",
     "tasks",
     "answering",

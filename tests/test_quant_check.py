@@ -21,6 +21,7 @@ from melayer.mask import WeMask
 from melayer.provenance import fingerprint
 from melayer.quant_check_result import TREATMENTS, Change, Difference
 from melayer.report.quant_check import section
+from melayer.rounding import Rounding
 from melayer.terminal import show_quant_check
 from test_mask import ME, model_of
 from test_rounding import flags, replaced
@@ -379,6 +380,35 @@ def test_interrupted_it_leaves_the_model_as_it_was(model):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert not model.training
+
+
+def test_stopped_it_goes_on_with_the_settings_that_are_missing(model, result, tmp_path, monkeypatch):
+    file, runs = tmp_path / "new" / "quant-check.jsonl", []
+    original = Rounding.of
+
+    def counted(self, batch):
+        runs.append(1)
+        if len(runs) == 5:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(Rounding, "of", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(model, resume=file)
+    assert len(file.read_text().splitlines()) == 1 + 4
+    runs = [0] * 5
+    assert measured(model, resume=file) == result
+    assert len(runs) == 5 + 36 - 4
+    # The settings may change from one run to the next, the batches too.
+    assert measured(model, resume=file, formats=["int4"], max_batch_tokens=64).rows == result.rows[24:]
+    assert len(runs) == 5 + 36 - 4
+    for options, said in (
+        ({"T": 12}, "calibration, sequences differ"),
+        ({"prefix": [4]}, "calibration, mask, prefix, sequences differ"),
+        ({"rate": 0.1}, "mask differs"),
+    ):
+        with pytest.raises(InputError, match=rf"is of another quant-check: {said}. Give another place"):
+            measured(model, resume=file, **options)
 
 
 def test_progress_goes_up_to_the_end(model):

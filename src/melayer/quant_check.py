@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from melayer import hooks
+from melayer import finished, hooks
 from melayer.architecture import Decoder
 from melayer.baked_prefix import BakedPrefix
 from melayer.calibration import GRANULARITIES, Maxima, ScaleSet, maxima
@@ -25,7 +28,7 @@ from melayer.mask import MadeFor, Selector, WeMask
 from melayer.masking import free
 from melayer.paired import LEVEL, interval
 from melayer.perplexity import losses
-from melayer.provenance import describe
+from melayer.provenance import describe, fingerprint
 from melayer.quant_check_result import (
     BAKED,
     MASKED,
@@ -41,11 +44,14 @@ from melayer.quant_check_result import (
 )
 from melayer.quantisation import FORMATS
 from melayer.rounding import Rounding
+from melayer.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WITHOUT_MASK: Mapping[Treatment, Treatment] = {"mask": "plain", "baked+mask": "baked"}
+
+FILE, _WHAT = "quant-check.jsonl", "quant-check"
 
 _FEW = 10
 """Fewer sequences than this make a rough interval."""
@@ -77,6 +83,7 @@ def quant_check(
     max_batch_tokens: int = 2048,
     parts: Mapping[str, str] | None = None,
     name: str | None = None,
+    resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QuantCheckResult:
     """The perplexity with simulated quantised activations, with and without the massive token in their way.
@@ -109,11 +116,15 @@ def quant_check(
         max_batch_tokens: Tokens in one forward pass.
         parts: Names of parts that `architecture.read` does not find by itself.
         name: What to call the model in the result.
+        resume: A file that each finished setting is appended to at once. Those that it holds already are not
+            measured again.
         progress: Called with the tokens done and the tokens in all.
 
     Raises:
-        InputError: The texts or the options make no measurement, the mask does not fit, or the model is quantised.
+        InputError: The texts or the options make no measurement, the mask does not fit, the model is quantised, or
+            the file to go on from is of another check.
         ArchitectureError: A part of the model was not found.
+        OutputError: The file cannot be written.
 
     Example:
         >>> result = melayer.quant_check(model, tokenizer, formats=["int8"])  # doctest: +SKIP
@@ -164,7 +175,6 @@ def quant_check(
             notes += [f"Not measured: {of}, since {error}" for of in chosen if of in MASKED]
             chosen, masking = tuple(of for of in chosen if of not in MASKED), False
     worn = mask if masking else None
-    warned: list[str] = []
     with collected() as said:
         # Before any long run: whatever is wrong with a mask is wrong now.
         baked = {of: BakedPrefix.of(model, ids, worn if of in MASKED else None) for of in BAKED if of in chosen}
@@ -181,25 +191,39 @@ def quant_check(
         if worn is not None:
             with worn.apply(model, parts=parts):
                 under = run.scored(bar.part(T * len(predicted)))
-        measured: list[Setting] = []
+        kept = _Kept()
+        if resume is not None:
+            kept = _Kept.opened(
+                Path(resume),
+                {
+                    "fingerprint": fingerprint(decoder.model),
+                    "dtype": str(decoder.model.dtype),
+                    "melayer_version": __version__,
+                    "criterion": asdict(criterion),
+                    "mask": None if worn is None else repr(replace(worn, made_for=None, massive_above=None)),
+                    "sequences": _hash(predicted),
+                    "calibration": _hash(held),
+                    "prefix": ids,
+                },
+            )
         sets: dict[ScaleSet, tuple[torch.Tensor, ...]] = {}
-        for format in kinds[0]:
-            for granularity in kinds[1]:
-                for treatment in chosen:
-                    of = ScaleSet(treatment, format, granularity)
-                    grid = calibrated[treatment in MASKED].scales(format, granularity, left_out=treatment in BAKED)
-                    if grid is not None:
-                        sets[of] = grid
-                    rounding = Rounding(found.found, format, grid, flags)
-                    # Where the prefix is baked, the mask is in its keys and values and nowhere else.
-                    hooked = worn.apply(model, parts=parts) if worn and treatment == "mask" else nullcontext()
-                    with collected() as of_setting, hooked:
-                        score = run.scored(bar.part(T * len(predicted)), rounding, baked.get(treatment))
-                    warned += [f"{format} {granularity} {treatment}: {text}" for text in of_setting]
-                    measured.append(
-                        Setting(format, granularity, treatment, score, None, None, None, *rounding.errors())
-                    )
-    notes += [*said, *warned]
+        asked = [ScaleSet(of, format, by) for format in kinds[0] for by in kinds[1] for of in chosen]
+        for of in asked:
+            treatment: Treatment = of.treatment  # type: ignore[assignment]
+            grid = calibrated[treatment in MASKED].scales(of.format, of.granularity, left_out=treatment in BAKED)
+            if grid is not None:
+                sets[of] = grid
+            part = bar.part(T * len(predicted))
+            if of in kept.settings:
+                continue
+            rounding = Rounding(found.found, of.format, grid, flags)
+            # Where the prefix is baked, the mask is in its keys and values and nowhere else.
+            hooked = worn.apply(model, parts=parts) if worn and treatment == "mask" else nullcontext()
+            with collected() as of_setting, hooked:
+                score = run.scored(part, rounding, baked.get(treatment))
+            setting = Setting(of.format, of.granularity, treatment, score, None, None, None, *rounding.errors())
+            kept.add(of, setting, [f"{setting.label}: {text}" for text in of_setting])
+    notes += [*said, *(note for of in asked for note in kept.notes[of])]
     elsewhere = {
         "calibration": Elsewhere(int(apart[:, len(ids) :].sum()), apart[:, len(ids) :].numel()),
         "evaluation": Elsewhere(int(flags[:, len(ids) :].sum()), flags[:, len(ids) :].numel()),
@@ -240,7 +264,7 @@ def quant_check(
         unquantised=plain,
         unquantised_mask=under,
         inputs=tuple(InputRow(at.layer, at.paths, at.width) for at in found.found),
-        rows=tuple(_compared(measured, plain, sizes)),
+        rows=tuple(_compared([kept.settings[of] for of in asked], plain, sizes)),
         notes=tuple(dict.fromkeys(notes)),
         linear_inputs=found.found,
         calibrated=sets,
@@ -304,6 +328,38 @@ class _Run:
             )
         flags[:, : self.n_prefix] = True
         return score, flags
+
+
+@dataclass(eq=False)
+class _Kept:
+    """The finished settings with what was noted, in memory and, a line each, in a file."""
+
+    path: Path | None = None
+    settings: dict[ScaleSet, Setting] = field(default_factory=dict)
+    notes: dict[ScaleSet, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def opened(cls, path: Path, subject: dict[str, Any]) -> _Kept:
+        """What the file holds, see `finished.begun`."""
+        kept = cls(path)
+        for setting, notes in finished.begun(path, _WHAT, subject, _read):
+            of = ScaleSet(setting.treatment, setting.format, setting.granularity)
+            kept.settings[of], kept.notes[of] = setting, notes
+        return kept
+
+    def add(self, of: ScaleSet, setting: Setting, notes: list[str]) -> None:
+        """Keeps a finished setting, on the disk before the next one begins."""
+        self.settings[of], self.notes[of] = setting, notes
+        if self.path is not None:
+            finished.keep(self.path, _WHAT, {"setting": asdict(setting), "notes": notes})
+
+
+def _read(values: dict[str, Any]) -> tuple[Setting, list[str]]:
+    return Setting.from_dict(values["setting"]), list(values["notes"])
+
+
+def _hash(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()
 
 
 def _score(by_sequence: Sequence[float], size: int) -> Score:

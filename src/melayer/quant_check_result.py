@@ -68,6 +68,14 @@ class Setting:
     error_apart: tuple[float | None, ...]
     """The same over the prefix, where it runs quantised, and the massive tokens elsewhere."""
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Setting:
+        """A setting by itself, from what `asdict` made of it; what it is compared with is not in there."""
+        score = values["score"]
+        kept = Score(score["nll"], score["perplexity"], tuple(score["by_sequence"]))
+        names = (values["format"], values["granularity"], values["treatment"])
+        return cls(*names, kept, None, None, None, tuple(values["error"]), tuple(values["error_apart"]))
+
     @property
     def label(self) -> str:
         """What to call it."""

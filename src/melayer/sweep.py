@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from melayer import architecture, jsonl
+from melayer import architecture, finished
 from melayer.errors import InputError, collected
 from melayer.inputs import builtin_texts, encode, windows
 from melayer.locate import Criterion, LocateResult, Progress, locate
@@ -368,36 +368,20 @@ class _Kept:
             OutputError: It cannot be read or written.
         """
         kept = cls(path)
-        subject = json.loads(json.dumps(subject))
-        with jsonl.keeping("sweep", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = jsonl.mend(path)
-            if len(lines) < 2:  # nothing is finished, so that nothing can be lost
-                path.write_bytes(b"")
-                jsonl.append(path, [{"sweep_of": subject}])
-                return kept
-        try:
-            head, *finished = map(json.loads, lines)
-            found = dict(head["sweep_of"])
-            for values in finished:
-                kept._take(SweepPoint.from_dict(values["point"]), list(values["notes"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} holds no sweep that can be read. Give another place, or remove it.") from error
-        differing = sorted(key for key in subject | found if subject.get(key) != found.get(key))
-        if differing:
-            raise InputError(
-                f"{path} is of another sweep: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}. "
-                "Give another place, or remove it."
-            )
+        for point, notes in finished.begun(path, "sweep", subject, _read):
+            kept._take(point, notes)
         return kept
 
     def add(self, point: SweepPoint, notes: list[str]) -> None:
         """Keeps a finished setting, on the disk before the next one begins."""
         self._take(point, notes)
         if self.path is not None:
-            with jsonl.keeping("sweep", self.path):
-                jsonl.append(self.path, [{"point": asdict(point), "notes": notes}])
+            finished.keep(self.path, "sweep", {"point": asdict(point), "notes": notes})
 
     def _take(self, point: SweepPoint, notes: list[str]) -> None:
         self.points[point.selector, point.rate] = point
         self.notes[point.selector, point.rate] = notes
+
+
+def _read(values: dict[str, Any]) -> tuple[SweepPoint, list[str]]:
+    return SweepPoint.from_dict(values["point"]), list(values["notes"])

@@ -466,7 +466,9 @@ def quant_check_command(
     ] = None,
     T: Annotated[int, typer.Option("--T", "-T", help="Tokens in each sequence, the prefix counted.")] = 64,
     n_sequences: Annotated[int, typer.Option(help="Sequences to predict, and to calibrate with, at most.")] = 32,
-    out: Annotated[Path | None, typer.Option(help="Directory for a report, the scales and the baked prefixes.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for a report, scales and prefixes; goes on from there.")
+    ] = None,
     *,
     options: Options,
 ) -> None:

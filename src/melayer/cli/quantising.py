@@ -30,7 +30,7 @@ def run_quant_check(
     from melayer.calibration import GRANULARITIES
     from melayer.inputs import read_texts
     from melayer.mask import WeMask
-    from melayer.quant_check import known, quant_check
+    from melayer.quant_check import FILE, known, quant_check
     from melayer.quant_check_result import TREATMENTS
     from melayer.quantisation import FORMATS
     from melayer.report import check_writable, write_quant_report
@@ -63,6 +63,7 @@ def run_quant_check(
             prefix=ids,
             layers=resolved(blocks, loaded, shared["parts"]),
             name=model,
+            resume=None if out is None else out / FILE,
             progress=part(0),
         )
     written = None
