@@ -258,16 +258,16 @@ def test_what_changes_is_said_as_far_as_the_interval_shows_it(result):
     assert len(result.changes) == 3 * 3 * 3
     (baking,) = [
         change for change in result.changes
-        if (change.format, change.granularity, change.what) == ("int8", "per-tensor", "baking the prefix")
+        if (change.format, change.granularity, change.what) == ("int8", "per-tensor", "baking")
     ]  # fmt: skip
     assert baking.by == result.find("int8", "per-tensor", "baked").against_plain
-    beside = next(change for change in result.changes if change.what == "the mask beside baking")
+    beside = next(change for change in result.changes if change.what == "mask beside baking")
     assert beside.by == result.find("int8", "per-tensor", "baked+mask").by_mask
     for value, low, high, said in (
         (-0.4, -0.5, -0.3, "gives back"),
         (0.2, 0.1, 0.3, "costs"),
-        (0.02, -0.01, 0.05, "no difference shown"),
-        (0.02, None, None, "no difference shown"),
+        (0.02, -0.01, 0.05, "not shown"),
+        (0.02, None, None, "not shown"),
     ):
         assert Change("int8", "per-tensor", "it", Difference(value, low, high)).verdict == said
 

@@ -101,7 +101,7 @@ class Change:
     def verdict(self) -> str:
         """As far as the interval shows it."""
         if not self.by.shown:
-            return "no difference shown"
+            return "not shown"
         return "gives back" if self.by.value < 0 else "costs"
 
 
@@ -266,9 +266,9 @@ _SCALED: Mapping[Granularity, str] = {
     "per-channel": "one static scale a channel",
 }
 _CHANGED: Mapping[Treatment, str] = {
-    "baked": "baking the prefix",
-    "mask": "the mask alone",
-    "baked+mask": "the mask beside baking",
+    "baked": "baking",
+    "mask": "mask alone",
+    "baked+mask": "mask beside baking",
 }
 
 
