@@ -230,7 +230,8 @@ def test_massive_tokens_elsewhere_are_left_out_of_calibration_and_counted(model)
     assert [result.elsewhere[of].n for of in ("calibration", "evaluation")] == [1, 1]
     assert result.elsewhere["evaluation"].n_tokens == N * (T - 1)
     assert any(
-        note.startswith("1 massive token of the evaluation sequences stands behind the prefix") for note in result.notes
+        note.startswith("1 massive token of the evaluation sequences, behind the prefix and so not baked, saturates")
+        for note in result.notes
     )
     plain, baked = (result.find("int8", "per-tensor", of) for of in ("plain", "baked"))
     assert error_at(result, plain, ME) > 0.9

@@ -553,11 +553,15 @@ def _remarks(
         yield "No token of the prefix is massive, so baking it takes no massive token away."
     for what, found in elsewhere.items():
         if found.n and baked:
-            several = found.n > 1
+            one = found.n == 1
+            then = (
+                ("is left out of it" if one else "are left out of it")
+                if what == "calibration"
+                else ("saturates" if one else "saturate")
+            )
             yield (
-                f"{found.n} massive token{'s' * several} of the {what} sequences stand{'s' * (not several)} behind the "
-                f"prefix ({found.n_tokens:,} tokens) and could not be baked; left out of calibration, "
-                f"{'they saturate' if several else 'it saturates'}."
+                f"{found.n} massive token{'' if one else 's'} of the {what} sequences, behind the prefix and so not "
+                f"baked, {then} ({found.n_tokens:,} tokens in all)."
             )
     if n < _FEW:
         yield f"With {n} sequences the intervals are rough."
