@@ -30,7 +30,11 @@ _OVERFLOW_BIN = (0x477FF000 - _BEGIN) >> _DROPPED
 
 
 def counts(
-    magnitude: torch.Tensor, groups: torch.Tensor, n_groups: int, *, buffer: torch.Tensor | None = None
+    magnitude: torch.Tensor,
+    groups: torch.Tensor,
+    n_groups: int,
+    *,
+    buffers: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """[n_groups, BINS] int64, how many of each group's values fall into each bin; nothing is asked of the device.
 
@@ -38,11 +42,12 @@ def counts(
         magnitude: [rows, d] |x| in float32, contiguous.
         groups: [rows] int32, the group of each row.
         n_groups: How many groups there are.
-        buffer: An int32 tensor of magnitude's shape to write in.
+        buffers: An int32 and an int16 tensor of magnitude's shape to write in.
     """
-    bins = torch.sub(magnitude.view(torch.int32), _BEGIN, out=buffer)
+    wide, bins = buffers or (torch.empty_like(magnitude, dtype=of) for of in (torch.int32, torch.int16))
+    torch.sub(magnitude.view(torch.int32), _BEGIN, out=wide).bitwise_right_shift_(_DROPPED)
     # The count runs on one thread and waits for what others have written: half the bytes, a fifth of its time less.
-    bins = bins.bitwise_right_shift_(_DROPPED).short().clamp_(0, BINS - 1)
+    bins.copy_(wide).clamp_(0, BINS - 1)
     if n_groups > 1:
         bins = (groups * BINS).unsqueeze(1) + bins
     return torch.bincount(bins.view(-1), minlength=n_groups * BINS).view(n_groups, BINS)

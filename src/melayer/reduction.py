@@ -44,7 +44,7 @@ class Reduction:
     """[K, batch, seq] which tokens hold a massive scalar, where that was asked for."""
     _dim_maxima: dict[int, torch.Tensor] = field(default_factory=dict)
     _widths: dict[int, int] = field(default_factory=dict)
-    _buffers: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _buffers: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Takes the memory."""
@@ -79,11 +79,11 @@ class Reduction:
         for start in range(0, n, step):
             span = slice(start, min(start + step, n))
             part = (flat.index_select(0, self._places[span]) if self._padded else flat[span]).float()
-            magnitude, square, bins = buffers if n - start >= step else (buffer[: n - start] for buffer in buffers)
+            magnitude, square, wide, bins = buffers if n - start >= step else [of[: n - start] for of in buffers]
             torch.abs(part, out=magnitude)
             torch.amax(magnitude, dim=-1, out=token_maxima[span])
             torch.maximum(dim_maxima, magnitude.amax(dim=0), out=dim_maxima)
-            found = histogram.counts(magnitude, self._rows[span], n_groups, buffer=bins)
+            found = histogram.counts(magnitude, self._rows[span], n_groups, buffers=(wide, bins))
             counted = found if counted is None else counted.add_(found)
             # Token by token, so that a sum in float32 has few terms; magnitude is done with and holds the cubes.
             torch.mul(part, part, out=square)
@@ -129,11 +129,11 @@ class Reduction:
             self._dim_maxima[width] = torch.zeros(self.K, width, dtype=torch.float32, device=self.device)
         return self._dim_maxima[width][place]
 
-    def _buffers_of(self, n: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Two [n, width] in float32 and one in int32 to compute in."""
+    def _buffers_of(self, n: int, width: int) -> list[torch.Tensor]:
+        """Four [n, width] to compute in: two in float32, one in int32 and one in int16."""
         if (n, width) not in self._buffers:
-            first, second = torch.empty(2, n, width, dtype=torch.float32, device=self.device)
-            self._buffers[n, width] = first, second, torch.empty(n, width, dtype=torch.int32, device=self.device)
+            kinds = (torch.float32, torch.float32, torch.int32, torch.int16)
+            self._buffers[n, width] = [torch.empty(n, width, dtype=of, device=self.device) for of in kinds]
         return self._buffers[n, width]
 
     def _spread(self, values: torch.Tensor, fill: float) -> torch.Tensor:
