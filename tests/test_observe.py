@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import toys
 from melayer import architecture, histogram, observe, reduction
 from melayer.architecture import Decoder
-from melayer.errors import InputError
+from melayer.errors import ArchitectureError, InputError
 from melayer.inputs import Batch, Row, batches
 from melayer.locate import Criterion
 from melayer.reduction import Reduction
@@ -207,3 +207,12 @@ def test_a_model_has_the_sites_that_it_has():
     decoder = architecture.read(toys.make("mixtral"))
     with pytest.raises(InputError, match=r"This model \(mixtral\) has none of the sites ffn_act"):
         observe.places_of(decoder, ["ffn_act"])
+
+
+def test_a_place_that_did_not_run_is_not_made_up(monkeypatch):
+    model = toys.make("llama")
+    decoder = architecture.read(model)
+    block = toys.blocks(model)[2]
+    monkeypatch.setattr(block, "forward", lambda hidden_states, *args, **kwargs: hidden_states)
+    with pytest.raises(ArchitectureError, match=r"attn_in of block 2 was not computed in this forward pass"):
+        observe.observe(decoder, batch(5), observe.places_of(decoder, observe.SITES), Criterion())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from melayer import attention, hooks
 from melayer.architecture import Decoder, Site
-from melayer.errors import InputError
+from melayer.errors import ArchitectureError, InputError
 from melayer.hooks import Point
 from melayer.inputs import Batch
 from melayer.locate import Criterion, forward
@@ -103,6 +103,9 @@ def observe(decoder: Decoder, batch: Batch, places: Sequence[Place], criterion: 
         batch: Sequences, padded on the right.
         places: What to look at, from `places_of`.
         criterion: Which scalars of a block's output are massive.
+
+    Raises:
+        ArchitectureError: One of the places was not computed.
     """
     kept: dict[torch.device, Reduction] = {}
     number = {place: at for at, place in enumerate(places)}
@@ -123,6 +126,13 @@ def observe(decoder: Decoder, batch: Batch, places: Sequence[Place], criterion: 
         stack.enter_context(hooks.watch(watched(decoder, places), see))
         forward(decoder.model, batch)
 
+    unseen = set(number.values()).difference(*(found.seen for found in kept.values()))
+    if unseen:
+        place = places[min(unseen)]
+        raise ArchitectureError(
+            f"{place.site} of block {place.layer} was not computed in this forward pass, so nothing can be said of it. "
+            "Leave the site out (--sites)."
+        )
     dim_maxima = _dim_maxima(kept.values(), len(places))
     outputs = [at for at, place in enumerate(places) if place.site == "block_out"]
     return Observation(
