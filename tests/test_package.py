@@ -21,6 +21,7 @@ ORDER = (
     "inputs",
     "statistics",
     "locate",
+    "progress",
     "histogram",
     "quantisation",
     "paired",

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from melayer.mask import MadeFor, Selector, WeMask
 from melayer.masking import free
 from melayer.paired import LEVEL, interval
 from melayer.perplexity import losses
+from melayer.progress import Bar
 from melayer.provenance import describe, fingerprint
 from melayer.quant_check_result import (
     BAKED,
@@ -146,7 +147,7 @@ def quant_check(
     criterion = criterion or Criterion()
     n_masked = int(treatments is None or any(of in MASKED for of in kinds[2]))
     total = T * (len(held) * (2 + n_masked) + len(predicted) * (1 + n_masked + _product(kinds)))
-    bar = _Bar(progress, total)
+    bar = Bar(progress, total)
     shared = {"max_batch_tokens": max_batch_tokens}
 
     me_layer, above, apart = _massive(decoder, held, criterion, bar.part(T * len(held)), max_batch_tokens)
@@ -569,20 +570,3 @@ def _remarks(
 
 def _product(kinds: Sequence[Sequence[str]]) -> int:
     return math.prod(map(len, kinds))
-
-
-@dataclass(eq=False)
-class _Bar:
-    """One count of tokens over all passes."""
-
-    progress: Progress | None
-    total: int
-    before: int = 0
-
-    def part(self, tokens: int) -> Callable[[int, int], None] | None:
-        """What a pass of so many tokens reports to, in its own numbers."""
-        if self.progress is None:
-            return None
-        report, start = self.progress, self.before
-        self.before += tokens
-        return lambda done, of: report(start + tokens * done // max(of, 1), self.total)

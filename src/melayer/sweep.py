@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from melayer.inputs import builtin_texts, encode, windows
 from melayer.locate import Criterion, LocateResult, Progress, locate
 from melayer.mask import Selector, WeMask
 from melayer.perplexity import PerplexityResult, perplexity
+from melayer.progress import Bar
 from melayer.provenance import ModelInfo, fingerprint
 from melayer.rigidity import RigidityResult, rigidity
 from melayer.sinks import SinksResult, sinks
@@ -233,7 +234,7 @@ def sweep(
     subject["dtype"] = str(decoder.model.dtype)
     kept = _Kept() if resume is None else _Kept.opened(Path(resume), subject)
     todo = [key for key in ((None, 0.0), *grid) if key not in kept.points]
-    bar = _Bar(progress, n_texts + len(todo) * (n_texts + 2 * T * len(rows)))
+    bar = Bar(progress, n_texts + len(todo) * (n_texts + 2 * T * len(rows)))
     shared: dict[str, Any] = {"texts": texts, "bos": bos, "max_batch_tokens": max_batch_tokens, "parts": parts}
     shared["name"] = name
     located = locate(model, tokenizer, criterion=criterion, progress=bar.part(n_texts), **shared)
@@ -329,23 +330,6 @@ def _rate_after(drawn: SinksResult, me_layer: int) -> float | None:
         if rate is not None and alpha is not None
     ]
     return sum(rate * heads for rate, heads in after) / sum(heads for _, heads in after) if after else None
-
-
-@dataclass(eq=False)
-class _Bar:
-    """One count of tokens over all parts of a sweep."""
-
-    progress: Progress | None
-    total: int
-    before: int = 0
-
-    def part(self, tokens: int) -> Callable[[int, int], None] | None:
-        """What a part of so many tokens reports its progress to, in its own numbers."""
-        if self.progress is None:
-            return None
-        report, start = self.progress, self.before
-        self.before += tokens
-        return lambda done, of: report(start + tokens * done // max(of, 1), self.total)
 
 
 # --- what is finished ----------------------------------------------------------------------------------------------
