@@ -33,13 +33,15 @@ def test_errors_are_those_of_each_row_alone(monkeypatch, cached):
     massive[0, 4] = True
     places = reconstruction.linear_inputs(decoder)
     seen = {}
-    original = reconstruction._errors
-    monkeypatch.setattr(
-        reconstruction, "_errors", lambda x, *more: seen.setdefault(len(seen), x.clone()) is None or original(x, *more)
-    )
+    original = reconstruction._add
+
+    def add(into, at, x, formats):
+        seen[at] = x.clone()
+        original(into, at, x, formats)
+
+    monkeypatch.setattr(reconstruction, "_add", add)
     errors, energies = reconstruction.reconstruct(decoder, given, places, massive, FORMATS)
-    order = [p for layer in range(8) for p in places if p.layer == layer]
-    for at, place in enumerate(order):
+    for at, place in enumerate(places):
         x = seen[at]
         rows = [(x[row, :length], torch.from_numpy(massive[row, :length])) for row, length in enumerate(given.lengths)]
         energy = sum(float(values[~flags].double().square().sum()) for values, flags in rows)
@@ -81,8 +83,18 @@ def test_a_token_that_is_not_finite_counts_nowhere(value):
     x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
     x[0, 4, 3] = value
     flags = torch.ones(1, 5, dtype=torch.bool)
-    with_it = reconstruction._errors(x, flags, flags, FORMATS)
-    without = reconstruction._errors(x[:, :4], flags[:, :4], flags[:, :4], FORMATS)
+
+    def lost(x, flags):
+        found = reconstruction._Lost(
+            torch.zeros(1, len(FORMATS), len(reconstruction.KINDS), dtype=torch.float64),
+            torch.zeros(1, dtype=torch.float64),
+            flags,
+            flags,
+        )
+        reconstruction._add(found, 0, x, FORMATS)
+        return found.errors, found.energies
+
+    with_it, without = lost(x, flags), lost(x[:, :4], flags[:, :4])
     assert all(torch.isfinite(part).all() for part in with_it)
     for mine, other in zip(with_it, without, strict=True):
         torch.testing.assert_close(mine, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ KINDS = ("tensor", "tensor without massive", "channel", "channel without massive
 """One scale for a sequence, one for each dimension of it, or one for each token; `without massive`: from the other
 tokens alone."""
 
-_CACHED = 1 << 16  # values at once on a CPU, as in observe
+_CACHED = 1 << 16  # values at once for each thread of a CPU, as in reduction
 
 
 def linear_inputs(decoder: Decoder) -> tuple[Place, ...]:
@@ -50,28 +51,45 @@ def reconstruct(
     """
     real = batch.attention_mask.bool()
     ordinary = real & ~torch.from_numpy(massive)
-    errors: dict[Place, torch.Tensor] = {}
-    energies: dict[Place, torch.Tensor] = {}
+    number = {place: at for at, place in enumerate(places)}
+    # Taken before the blocks run, see `reduction.Reduction`; each place is on one device, and 0 on the others.
+    kept: dict[torch.device, _Lost] = {}
 
     def see(place: Place, x: torch.Tensor) -> None:
-        errors[place], energies[place] = _errors(x, real.to(x.device), ordinary.to(x.device), formats)
+        if x.device not in kept:
+            kept[x.device] = _Lost(
+                torch.zeros(len(places), len(formats), len(KINDS), dtype=torch.float64, device=x.device),
+                torch.zeros(len(places), dtype=torch.float64, device=x.device),
+                real.to(x.device),
+                ordinary.to(x.device),
+            )
+        _add(kept[x.device], number[place], x, formats)
 
     with hooks.watch(watched(decoder, places), see):
         forward(decoder.model, batch)
-    return (
-        np.stack([errors[place].cpu().numpy() for place in places]),
-        np.stack([energies[place].cpu().numpy() for place in places]),
-    )
+    errors = sum(found.errors.cpu().numpy() for found in kept.values())
+    return np.asarray(errors), np.asarray(sum(found.energies.cpu().numpy() for found in kept.values()))
 
 
-def _errors(
-    x: torch.Tensor, real: torch.Tensor, ordinary: torch.Tensor, formats: Sequence[Format]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[formats, KINDS] and [] of x [batch, seq, d], float64."""
+class _Lost(NamedTuple):
+    """The sums of one device, and which tokens go into them."""
+
+    errors: torch.Tensor
+    """[places, formats, KINDS], float64."""
+    energies: torch.Tensor
+    """[places], float64."""
+    real: torch.Tensor
+    """[batch, seq]"""
+    ordinary: torch.Tensor
+    """[batch, seq]"""
+
+
+def _add(into: _Lost, place: int, x: torch.Tensor, formats: Sequence[Format]) -> None:
+    """Adds what is lost of x [batch, seq, d]."""
     batch, seq, width = x.shape
-    rows, tokens = (max(1, _CACHED // (seq * width)), max(1, _CACHED // width)) if not x.is_cuda else (batch, seq)
-    found = torch.zeros(len(formats), len(KINDS), dtype=torch.float64, device=x.device)
-    energy = torch.zeros((), dtype=torch.float64, device=x.device)
+    at_once = torch.get_num_threads() * _CACHED if x.device.type == "cpu" else x.numel()
+    rows, tokens = max(1, at_once // (seq * width)), max(1, at_once // width)
+    found, energy, real, ordinary = into.errors[place], into.energies[place], into.real, into.ordinary
     for row in range(0, batch, rows):
         some = slice(row, row + rows)
         token_max = torch.cat([part.float().abs().amax(-1) for part in torch.split(x[some], tokens, dim=1)], dim=1)
@@ -86,12 +104,11 @@ def _errors(
             # A product with 0 would keep the NaN of a token that does not count.
             part = torch.where(weight.unsqueeze(-1) > 0, part, 0.0)
             energy += part.square().sum(-1).double().sum()
-            for place, (format, steps) in enumerate(zip(formats, by_format, strict=True)):
+            for which, (format, steps) in enumerate(zip(formats, by_format, strict=True)):
                 for kind, scale in enumerate(steps):
                     step = scale[:, span] if scale.shape[1] == seq else scale
                     lost = quantised(part, step, format).sub_(part).square_().sum(-1)
-                    found[place, kind] += lost.double().sum()
-    return found, energy
+                    found[which, kind] += lost.double().sum()
 
 
 def _maxima(
