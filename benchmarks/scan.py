@@ -113,7 +113,7 @@ def child(contender: str, length: int) -> dict[str, float]:
     from transformers.utils import logging
 
     import melayer
-    from melayer.inputs import builtin_texts
+    from melayer.data.texts import builtin_texts
 
     logging.disable_progress_bar()
     model, tokenizer, _ = melayer.load("demo")
@@ -134,8 +134,8 @@ def child(contender: str, length: int) -> dict[str, float]:
 def growth(contender: str, documents: int) -> list[float]:
     """The resident memory after each batch of so many documents of about a dozen tokens, in bytes."""
     import melayer
-    from melayer.inputs import batches, encode
-    from melayer.locate import forward
+    from melayer.data.rows import batches, encode
+    from melayer.model.forward import forward
 
     model, tokenizer, _ = melayer.load("demo")
     texts = [f"Entry {n}: the {n % 97} of {n % 89} and a {n * 7 % 83}." for n in range(documents)]

@@ -104,7 +104,7 @@ def child(contender: str, length: int) -> dict[str, float]:
     from transformers.utils import logging
 
     import melayer
-    from melayer.inputs import builtin_texts
+    from melayer.data.texts import builtin_texts
 
     logging.disable_progress_bar()
     model, tokenizer, _ = melayer.load("demo")

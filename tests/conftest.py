@@ -9,9 +9,10 @@ os.environ["TQDM_DISABLE"] = "1"
 import pytest
 from transformers.utils import logging
 
+import melayer
 import toys
-from melayer import models
 from melayer.errors import ModelError
+from melayer.interventions import load as models
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -64,4 +65,7 @@ def _own_warnings_are_errors():
 @pytest.fixture
 def python():
     """The interpreter and an environment in which the tests' own modules can be imported."""
-    return sys.executable, {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return sys.executable, {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(melayer.__file__).parents[1])]),
+    }

@@ -15,9 +15,9 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 import melayer
+import small_runs
 import toys
-import tuning
-from melayer import trainers
+from melayer.tuning import trainers
 
 ENVIRONMENT = {
     "ACCELERATE_USE_CPU": "true",
@@ -54,10 +54,15 @@ def main(out: str, methods: list[str]) -> None:
 
     trainers._Run.on_train_begin = look
     for method in methods:
-        rows = {"sft": tuning.answers, "dpo": tuning.pairs}[method]()
+        rows = {"sft": small_runs.answers, "dpo": small_runs.pairs}[method]()
         directory = Path(out) / method
         result = getattr(melayer, method)(
-            tuning.model(), toys.tokenizer(), rows, out=directory, mask=tuning.mask(), config=tuning.small(max_steps=5)
+            small_runs.model(),
+            toys.tokenizer(),
+            rows,
+            out=directory,
+            mask=small_runs.mask(),
+            config=small_runs.small(max_steps=5),
         )
         if os.environ["RANK"] == "0":
             (directory / "seen.json").write_text(json.dumps({**kinds, "notes": list(result.notes)}))

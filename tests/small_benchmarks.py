@@ -60,9 +60,9 @@ def write(directory: Path, n: int = 6) -> Path:
 
 if __name__ == "__main__":
     import toys
-    from melayer.evaluate import evaluate
-    from melayer.mask import WeMask
-    from melayer.tasks import load_tasks
+    from melayer.evaluation.evaluate import evaluate
+    from melayer.evaluation.tasks import load_tasks
+    from melayer.interventions.mask import WeMask
 
     data, out, tasks = sys.argv[1:]
     model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import melayer
-from melayer.terminal import show_locate
+from melayer.measurements.locate.table import show_locate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

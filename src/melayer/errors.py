@@ -5,7 +5,7 @@ The command line prints it and exits with code 2.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -39,6 +39,25 @@ class ProcessError(MelayerError):
 
 class MelayerWarning(UserWarning):
     """Something that does not make the answer wrong, but that its reader has to know."""
+
+
+def require_known(given: str, known: Iterable[str], said: str, *, expected: str = "one of") -> None:
+    """Raises InputError unless the name that was given is one of those that there are.
+
+    Args:
+        given: The name.
+        known: Those that there are, in the order in which they are listed.
+        said: How the message begins, for example "There is no format 'int3'".
+        expected: `one of`, or `some of` where several can be given.
+    """
+    names = list(known)
+    if given not in names:
+        raise InputError(f"{said}; expected {expected} {', '.join(names)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without its further lines; the error's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

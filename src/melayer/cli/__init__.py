@@ -19,8 +19,8 @@ from melayer.errors import InputError, MelayerError
 from melayer.version import __version__
 
 if TYPE_CHECKING:
-    from melayer.locate import LocateResult
-    from melayer.models import Loaded
+    from melayer.interventions.load import Loaded
+    from melayer.measurements.locate.result import LocateResult
 
 app = typer.Typer(
     name="melayer",
@@ -87,8 +87,8 @@ def locate_command(
             return
         if stop_early:
             raise InputError("--stop-early was given, which stops the reading of blocks one by one. Add --frugal.")
-        from melayer.locate import locate
-        from melayer.terminal import show_locate
+        from melayer.measurements.locate.locate import locate
+        from melayer.measurements.locate.table import show_locate
 
         _measure("Locating", locate, show_locate, model, given, options)
 
@@ -112,8 +112,8 @@ def explain_command(
     with session(options.output.debug):
         given = {**options.arguments(), "max_tokens": max_tokens, "seeds": seeds, "top": top, "max_texts": max_texts}
         blocks = blocks_of("--layers", layers)
-        from melayer.explain import explain
-        from melayer.terminal import show_explain
+        from melayer.measurements.explain.explain import explain
+        from melayer.measurements.explain.table import show_explain
 
         _measure("Explaining", explain, show_explain, model, given, options, blocks)
 
@@ -138,8 +138,8 @@ def rigidity_command(
     with session(options.output.debug):
         given = {**options.arguments(), "max_tokens": max_tokens, "seed": seed}
         given |= {"n_first_tokens": n_first_tokens, "fixed_first_token": fixed_first_token}
-        from melayer.rigidity import rigidity
-        from melayer.terminal import show_rigidity
+        from melayer.measurements.rigidity.rigidity import rigidity
+        from melayer.measurements.rigidity.table import show_rigidity
 
         _measure("Measuring rigidity", rigidity, show_rigidity, model, given, options)
 
@@ -159,8 +159,8 @@ def sinks_command(
     """
     with session(options.output.debug):
         given = {**options.arguments(), "T": T, "epsilon": epsilon}
-        from melayer.sinks import sinks
-        from melayer.terminal import show_sinks
+        from melayer.measurements.sinks.sinks import sinks
+        from melayer.measurements.sinks.table import show_sinks
 
         _measure("Measuring sinks", sinks, show_sinks, model, given, options)
 
@@ -193,9 +193,10 @@ def sweep_command(
     with session(options.output.debug):
         shared, blocks = options.arguments(), blocks_of("--layers", layers)
         grid: dict[str, Any] = {"rates": _rates(rates), "selectors": _items(selectors)}
-        from melayer.report import check_writable, write_report
-        from melayer.sweep import FILE, check_grid, sweep
-        from melayer.terminal import show_sweep
+        from melayer.presentation.page import check_writable
+        from melayer.studies.overview import write_report
+        from melayer.studies.sweep.sweep import FILE, check_grid, sweep
+        from melayer.studies.sweep.table import show_sweep
 
         check_grid(**grid)
         if out is not None:
@@ -207,7 +208,7 @@ def sweep_command(
             result = sweep(loaded.model, loaded.tokenizer, **given, name=model, progress=part(0))
         written = None
         if out is not None:
-            from melayer.models import weight_hashes
+            from melayer.loading.checkpoint import weight_hashes
 
             with stderr().status("Writing the report"):
                 written = write_report(
@@ -245,13 +246,14 @@ def report_command(
     Example: [bold]melayer report demo --out demo-report[/]
     """
     with session(options.output.debug):
-        from melayer.report import check_writable, write_report
+        from melayer.presentation.page import check_writable
+        from melayer.studies.overview import write_report
 
         shared = options.arguments()
         check_writable(out)
         loaded = load(model, options.model.loading())
         located, rest, not_measured = _everything(loaded, model, shared, max_tokens, max_listed, T)
-        from melayer.models import weight_hashes
+        from melayer.loading.checkpoint import weight_hashes
 
         with stderr().status("Writing the report"):
             written = write_report(
@@ -301,9 +303,9 @@ def generate_command(
     """
     with session(options.output.debug):
         shared, blocks = options.arguments(), blocks_of("--layers", layers)
-        from melayer.answers import answers
-        from melayer.mask import WeMask
-        from melayer.terminal import live_answers, show_answers
+        from melayer.interventions.mask import WeMask
+        from melayer.studies.answers.answers import answers
+        from melayer.studies.answers.table import live_answers, show_answers
 
         fields: dict[str, Any] = {"rate": rate, "strength": strength, "selector": selector, "seed": seed}
         fields |= {"positions": positions}
@@ -313,7 +315,7 @@ def generate_command(
         if blocks is not None and positions == "first":
             mask = WeMask(**fields, layers=tuple(resolved(blocks, loaded, shared["parts"]) or ()))
         else:
-            from melayer.locate import locate
+            from melayer.measurements.locate.locate import locate
 
             with progress("Locating") as part:
                 located = locate(loaded.model, loaded.tokenizer, **shared, name=model, progress=part(0))
@@ -644,8 +646,8 @@ def _locate_frugally(model: str, given: dict[str, Any], options: Options) -> Non
         if loading.pop(name):
             raise InputError(f"--{name.replace('_', '-')} does not go with --frugal. Leave one of them out.")
     quiet()
-    from melayer.frugal import locate_frugal
-    from melayer.terminal import show_locate
+    from melayer.measurements.locate.frugal import locate_frugal
+    from melayer.measurements.locate.table import show_locate
 
     with progress("Locating", unit="blocks") as part:
         result = locate_frugal(model, **given, **loading, progress=part(0))
@@ -683,10 +685,10 @@ def _everything(
 
     Nobody asked for one of them in particular, so one that cannot be made takes nothing from the others.
     """
-    from melayer.explain import explain
-    from melayer.locate import locate
-    from melayer.rigidity import rigidity
-    from melayer.sinks import sinks
+    from melayer.measurements.explain.explain import explain
+    from melayer.measurements.locate.locate import locate
+    from melayer.measurements.rigidity.rigidity import rigidity
+    from melayer.measurements.sinks.sinks import sinks
 
     found, not_measured = {}, {}
     common = {**shared, "name": name}

@@ -19,8 +19,9 @@ from melayer.cli.session import load, own_device, progress, stderr
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
-    from melayer.evaluate import EvalResult, Variant
-    from melayer.models import Loaded
+    from melayer.evaluation.evaluate import Variant
+    from melayer.evaluation.result import EvalResult
+    from melayer.interventions.load import Loaded
 
 COMPARATORS = ("set-zero", "set-mean", "flat-gamma", "cap-write", "remove-neurons")
 
@@ -38,7 +39,7 @@ class Asked:
 
     def check(self) -> None:
         """Raises InputError for whatever is wrong before a model is loaded."""
-        from melayer.mask import WeMask
+        from melayer.interventions.mask import WeMask
 
         for selector in self.selectors:
             for rate in self.rates:
@@ -61,9 +62,9 @@ class Asked:
                 "A mask that was saved with the model is applied already, so none can be added. Leave --mask-rate and "
                 "--comparators out, or give --no-mask."
             )
-        from melayer.comparators import CapWrite, FlatGamma, RemoveNeurons, SetMassive
-        from melayer.locate import locate
-        from melayer.mask import WeMask
+        from melayer.interventions.comparators import CapWrite, FlatGamma, RemoveNeurons, SetMassive
+        from melayer.interventions.mask import WeMask
+        from melayer.measurements.locate.locate import locate
 
         model, tokenizer = loaded.model, loaded.tokenizer
         with progress("Locating") as part:
@@ -99,9 +100,10 @@ def run_eval(
     given: dict[str, Any],
 ) -> None:
     """Loads, evaluates under a bar, prints; under `accelerate launch` the first process alone prints."""
-    from melayer.evaluate import evaluate, select, split
-    from melayer.report import check_writable
-    from melayer.tasks import load_tasks
+    from melayer.evaluation.evaluate import evaluate
+    from melayer.evaluation.select import select, split
+    from melayer.evaluation.tasks import load_tasks
+    from melayer.presentation.page import check_writable
 
     if (select_on is None) != (report_on is None):
         raise InputError("--select-on and --report-on go together: give both, or neither.")
@@ -137,8 +139,8 @@ def run_eval(
 
 def run_compare(first: Path, second: Path, *, as_json: bool, out: Path | None) -> None:
     """Reads two stored runs and prints their comparison."""
-    from melayer.evaluate import compare_runs
-    from melayer.report import check_writable
+    from melayer.evaluation.select import compare_runs
+    from melayer.presentation.page import check_writable
 
     if out is not None:
         check_writable(out)
@@ -146,8 +148,8 @@ def run_compare(first: Path, second: Path, *, as_json: bool, out: Path | None) -
 
 
 def _print(result: EvalResult, as_json: bool, out: Path | None) -> None:
-    from melayer.report import write_eval_report
-    from melayer.terminal import show_eval
+    from melayer.evaluation.report import write_eval_report
+    from melayer.evaluation.table import show_eval
 
     written = None if out is None else write_eval_report(result, out, command=shlex.join(["melayer", *sys.argv[1:]]))
     if as_json:

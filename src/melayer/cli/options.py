@@ -18,8 +18,8 @@ import typer
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
-    from melayer.corpus import Corpus
-    from melayer.models import Loaded
+    from melayer.data.corpus import Corpus
+    from melayer.interventions.load import Loaded
 
 
 class DType(str, Enum):
@@ -59,7 +59,7 @@ class TextOptions:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of a measurement; whatever can be wrong with them is found before a model is loaded."""
-        from melayer.inputs import builtin_texts, read_texts
+        from melayer.data.texts import builtin_texts, read_texts
 
         texts: list[str] = list(self.text or [])
         if self.file is not None:
@@ -88,7 +88,7 @@ class CriterionOptions:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of a measurement."""
-        from melayer.locate import Criterion
+        from melayer.measurements.criterion import Criterion
 
         return {"criterion": Criterion(**{item.name: getattr(self, item.name) for item in fields(self)})}
 
@@ -206,7 +206,7 @@ class CorpusOptions:
 
     def corpus(self, data: str) -> Corpus:
         """What `scan` reads."""
-        from melayer.corpus import Corpus
+        from melayer.data.corpus import Corpus
 
         return Corpus(data, self.column, self.category, self.split, self.whole_file)
 
@@ -424,9 +424,9 @@ def resolved(blocks: list[range] | None, loaded: Loaded, parts: dict[str, str]) 
     """The numbers of the blocks, now that the model says how many it has."""
     if blocks is None:
         return None
-    from melayer import architecture
+    from melayer.model import wiring
 
-    n_layers = architecture.read(loaded.model, parts=parts).n_layers
+    n_layers = wiring.read(loaded.model, parts=parts).n_layers
     layers: list[int] = []
     for span in blocks:
         last = n_layers - 1 if span.stop == sys.maxsize else span.stop - 1

@@ -27,14 +27,15 @@ def run_quant_check(
     given: dict[str, Any],
 ) -> None:
     """Loads, measures under a bar, writes, prints."""
-    from melayer.calibration import GRANULARITIES
-    from melayer.inputs import read_texts
-    from melayer.mask import WeMask
-    from melayer.quant_check import FILE, known, quant_check
-    from melayer.quant_check_result import TREATMENTS
-    from melayer.quantisation import FORMATS
-    from melayer.report import check_writable, write_quant_report
-    from melayer.terminal import show_quant_check
+    from melayer.data.texts import read_texts
+    from melayer.interventions.mask import WeMask
+    from melayer.numerics.grids import FORMATS
+    from melayer.presentation.page import check_writable
+    from melayer.quantisation.calibration import GRANULARITIES
+    from melayer.quantisation.quant_check import FILE, known, quant_check
+    from melayer.quantisation.report import write_quant_report
+    from melayer.quantisation.result import TREATMENTS
+    from melayer.quantisation.table import show_quant_check
 
     # Whatever is wrong with these is wrong before the model is loaded, too.
     known("format", given["formats"], FORMATS)

@@ -18,8 +18,8 @@ from melayer.cli.session import load, own_device, progress, stopped_by_term
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
-    from melayer.mask import WeMask
-    from melayer.models import Loaded
+    from melayer.interventions.load import Loaded
+    from melayer.interventions.mask import WeMask
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class AskedMask:
 
     def check(self) -> None:
         """Raises InputError for whatever is wrong before a model is loaded."""
-        from melayer.mask import WeMask
+        from melayer.interventions.mask import WeMask
 
         if self.rate is not None:
             WeMask(**self.fields(), me_layer=0)
@@ -52,8 +52,8 @@ class AskedMask:
                 "A mask that was saved with the model is applied already, so none can be added. Leave --mask-rate out, "
                 "or give --no-mask."
             )
-        from melayer.locate import locate
-        from melayer.mask import WeMask
+        from melayer.interventions.mask import WeMask
+        from melayer.measurements.locate.locate import locate
 
         if self.blocks is not None:
             return WeMask(**self.fields(), layers=tuple(resolved(self.blocks, loaded, given["parts"]) or ()))
@@ -82,10 +82,11 @@ def run_scan(
     checkpoint_seconds: float,
 ) -> None:
     """Loads, scans under a bar, prints; of several processes the first alone prints."""
-    from melayer.observe import SITES
-    from melayer.report import check_writable, write_scan_report
-    from melayer.scan import check, scan
-    from melayer.terminal import show_scan
+    from melayer.census.observe import SITES
+    from melayer.census.report import write_scan_report
+    from melayer.census.scan import check, scan
+    from melayer.census.table import show_scan
+    from melayer.presentation.page import check_writable
 
     given = options.arguments()
     corpus = options.corpus.corpus(data)

@@ -17,7 +17,7 @@ from rich.console import Console
 from melayer.errors import MelayerError, MelayerWarning, ProcessError
 
 if TYPE_CHECKING:
-    from melayer.models import Loaded
+    from melayer.interventions.load import Loaded
 
 Advance = Callable[..., None]
 """Called with what is done, what there is in all, and for some a note to show beside the bar."""
@@ -86,7 +86,7 @@ def load(model: str, options: dict[str, Any]) -> Loaded:
     """The model, with a word on stderr while it loads."""
     with stderr().status(f"Loading {model} (a GGUF file is unpacked once, which takes half a minute)"):
         quiet()
-        from melayer import models
+        from melayer.interventions import load as models
 
         return models.load(model, **options)
 

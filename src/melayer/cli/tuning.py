@@ -19,16 +19,17 @@ from melayer.cli.session import load, progress
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
-    from melayer.contrast import Measured
-    from melayer.mask import WeMask
-    from melayer.models import Loaded
-    from melayer.training_rows import Method
+    from melayer.interventions.load import Loaded
+    from melayer.interventions.mask import WeMask
+    from melayer.studies.contrast.contrast import Measured
+    from melayer.tuning.rows import Method
 
 
 def run_tune(method: Method, model: str, data: str, out: Path, options: TuneOptions, **more: Any) -> None:
     """Loads, locates where a mask is asked for, trains under a bar, prints; only the first process of several."""
-    from melayer import training, training_config
-    from melayer.mask import WeMask
+    from melayer.interventions.mask import WeMask
+    from melayer.tuning import config as training_config
+    from melayer.tuning import run as training
 
     training.check_installed()
     shared, rows, asked = options.arguments(), options.rows.arguments(), options.masking
@@ -53,7 +54,7 @@ def run_tune(method: Method, model: str, data: str, out: Path, options: TuneOpti
                 f"{model} comes with a mask, which is on in training too. Leave --mask-rate out, or give --no-mask."
             )
         mask = _mask(loaded, model, shared, options, blocks)
-    from melayer import tune
+    from melayer.tuning import tune
 
     given: dict[str, Any] = {
         **rows,
@@ -77,9 +78,9 @@ def run_tune(method: Method, model: str, data: str, out: Path, options: TuneOpti
         result = getattr(tune, method)(loaded.model, loaded.tokenizer, data, **given, progress=report)
     if os.environ.get("RANK", "0") != "0":
         return
-    from melayer.report import write_tune_report
-    from melayer.run_directory import plain
-    from melayer.terminal import show_tune
+    from melayer.tuning.report import write_tune_report
+    from melayer.tuning.run_directory import plain
+    from melayer.tuning.table import show_tune
 
     history = result.history()
     written = write_tune_report(result, history, command=shlex.join(["melayer", *sys.argv[1:]]))
@@ -94,9 +95,10 @@ def run_tune(method: Method, model: str, data: str, out: Path, options: TuneOpti
 
 def run_contrast(before: str, after: str, options: Options, *, out: Path | None, given: dict[str, Any]) -> None:
     """Measures one model after the other, so that only one is in memory, and prints the comparison."""
-    from melayer.contrast import contrast
-    from melayer.report import check_writable, write_contrast_report
-    from melayer.terminal import show_contrast
+    from melayer.presentation.page import check_writable
+    from melayer.studies.contrast.contrast import contrast
+    from melayer.studies.contrast.report import write_contrast_report
+    from melayer.studies.contrast.table import show_contrast
 
     shared = options.arguments()
     if out is not None:
@@ -116,7 +118,7 @@ def run_contrast(before: str, after: str, options: Options, *, out: Path | None,
 
 
 def _measured(name: str, shared: dict[str, Any], options: Options, given: dict[str, Any]) -> Measured:
-    from melayer.contrast import measure
+    from melayer.studies.contrast.contrast import measure
 
     loaded = load(name, options.model.loading())
     with progress("Locating", "Measuring rigidity", "Measuring sinks") as part:
@@ -139,7 +141,7 @@ def _fields(options: TuneOptions) -> dict[str, Any]:
 
 def _loaded(model: str, options: TuneOptions) -> tuple[Loaded, WeMask | None]:
     """The plain model, and the mask that was saved with it unless it is not wanted."""
-    from melayer.mask import WeMask
+    from melayer.interventions.mask import WeMask
 
     loading = options.model.loading()
     if "LOCAL_RANK" in os.environ and loading["device"] == "auto" and loading["device_map"] is None:
@@ -154,8 +156,8 @@ def _loaded(model: str, options: TuneOptions) -> tuple[Loaded, WeMask | None]:
 def _mask(
     loaded: Loaded, model: str, shared: dict[str, Any], options: TuneOptions, blocks: list[range] | None
 ) -> WeMask:
-    from melayer.locate import locate
-    from melayer.mask import WeMask
+    from melayer.interventions.mask import WeMask
+    from melayer.measurements.locate.locate import locate
 
     fields = _fields(options)
     if blocks is not None:

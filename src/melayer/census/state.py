@@ -1,0 +1,202 @@
+"""How far a scan has come, and what it has found until then: kept on the disk, and merged across processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melayer.census.counts import Census
+from melayer.data.corpus import MAX_NAMED, LeftOut
+from melayer.errors import InputError, OutputError
+
+PATTERN = "scan.*.state"
+"""The files of a scan's directory in which each process keeps what it has found."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The documents that one of several processes has dealt with: those before `until` whose turn was its."""
+
+    rank: int
+    size: int
+    until: int
+
+    def has(self, index: int) -> bool:
+        """Whether this document is one of them."""
+        return index < self.until and index % self.size == self.rank
+
+
+@dataclass(eq=False)
+class State:
+    """What a process has found."""
+
+    settings: dict[str, Any]
+    censuses: dict[str, Census] = field(default_factory=dict)
+    """By category; the documents of one without are under an empty name."""
+    shares: dict[tuple[int, int], Share] = field(default_factory=dict)
+    """By rank and size: the documents that these figures are of."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """The first of them."""
+    n_left_out: int = 0
+    seconds: float = 0.0
+    """Time spent on it, in all processes together."""
+    elsewhere: tuple[Share, ...] = ()
+    """What is dealt with, and whose figures another process has."""
+
+    def done(self, index: int) -> bool:
+        """Whether a document is dealt with."""
+        return any(share.has(index) for share in (*self.shares.values(), *self.elsewhere))
+
+    def leave_out(self, document: LeftOut) -> None:
+        """Counts what cannot be read, and names the first of it."""
+        self.n_left_out += 1
+        self.left_out = sorted([*self.left_out, document], key=lambda found: found.index)[:MAX_NAMED]
+
+    def advance(self, rank: int, size: int, until: int) -> None:
+        """All documents before `until` whose turn was this process' are dealt with."""
+        self.shares[rank, size] = Share(rank, size, until)
+
+    def includes(self, other: State) -> bool:
+        """Whether nothing is in the other that is not in this one already."""
+        return all(key in self.shares and share.until <= self.shares[key].until for key, share in other.shares.items())
+
+    def absorb(self, other: State) -> None:
+        """Adds what another process has found.
+
+        Raises:
+            InputError: It is of another run.
+        """
+        agree(self.settings, other.settings, "another process")
+        for name, census in other.censuses.items():
+            if name in self.censuses:
+                self.censuses[name].absorb(census)
+            else:
+                self.censuses[name] = census
+        for key, share in other.shares.items():
+            if key not in self.shares or self.shares[key].until < share.until:
+                self.shares[key] = share
+        self.left_out = sorted([*self.left_out, *other.left_out], key=lambda found: found.index)[:MAX_NAMED]
+        self.n_left_out += other.n_left_out
+        self.seconds += other.seconds
+
+    def to_bytes(self) -> bytes:
+        """All of it."""
+        about = {
+            "settings": self.settings,
+            "categories": list(self.censuses),
+            "shares": [[share.rank, share.size, share.until] for share in self.shares.values()],
+            "left_out": [[found.index, found.reason] for found in self.left_out],
+            "n_left_out": self.n_left_out,
+            "seconds": self.seconds,
+        }
+        arrays: dict[str, Any] = {
+            f"census{place}": np.frombuffer(census.to_bytes(), np.uint8)
+            for place, census in enumerate(self.censuses.values())
+        }
+        arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        file = io.BytesIO()
+        np.savez(file, **arrays)  # the censuses are compressed already
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> State:
+        """What `to_bytes` wrote."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            censuses = {
+                name: Census.from_bytes(arrays[f"census{place}"].tobytes())
+                for place, name in enumerate(about["categories"])
+            }
+        shares = [Share(*share) for share in about["shares"]]
+        return cls(
+            settings=about["settings"],
+            censuses=censuses,
+            shares={(share.rank, share.size): share for share in shares},
+            left_out=[LeftOut(*found) for found in about["left_out"]],
+            n_left_out=about["n_left_out"],
+            seconds=about["seconds"],
+        )
+
+
+def merged(first: bytes, second: bytes) -> bytes:
+    """Two states as one."""
+    state = State.from_bytes(first)
+    state.absorb(State.from_bytes(second))
+    return state.to_bytes()
+
+
+def agree(kept: Mapping[str, Any], asked: Mapping[str, Any], where: object) -> None:
+    """Raises InputError where figures were found under other settings."""
+    differing = sorted(key for key in kept.keys() | asked.keys() if kept.get(key) != asked.get(key))
+    if differing:
+        said = ", ".join(f"{key} ({kept.get(key)!r}, now {asked.get(key)!r})" for key in differing)
+        raise InputError(
+            f"{where} holds a scan with other settings: {said}. Give the same, or another place with --out."
+        )
+
+
+def path_of(directory: Path, rank: int) -> Path:
+    """Where a process keeps its state."""
+    return directory / PATTERN.replace("*", str(rank))
+
+
+def read(directory: Path, settings: dict[str, Any]) -> State:
+    """What all processes of an earlier run have kept, as one state; an empty one where there was none.
+
+    Raises:
+        InputError: A file is damaged, or of other settings.
+        OutputError: The directory cannot be read.
+    """
+    states: list[tuple[Path, State]] = []
+    try:
+        for path in sorted(directory.glob(PATTERN)):
+            try:
+                states.append((path, State.from_bytes(path.read_bytes())))
+            except (ValueError, KeyError, EOFError) as error:
+                raise InputError(
+                    f"{path} cannot be read as a scan's state ({error}). Give another place, or remove it."
+                ) from error
+    except OSError as error:
+        raise OutputError(f"The scan in {directory} cannot be read: {error.strerror}.") from error
+    whole = State(settings)
+    # The one with most shares first: what a process was about to take over, and did, is in it already.
+    for path, state in sorted(states, key=lambda item: -len(item[1].shares)):
+        agree(state.settings, settings, path)
+        if not state.shares or whole.includes(state):
+            continue
+        whole.absorb(state)
+    return whole
+
+
+def write(directory: Path, rank: int, state: State) -> None:
+    """Keeps a process' state; a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OutputError: There is no space, or no right to write.
+    """
+    path = path_of(directory, rank)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=f".{path.name}.") as temporary:
+            written = Path(temporary) / path.name
+            written.write_bytes(state.to_bytes())
+            written.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"The scan cannot be kept in {directory}: {error.strerror}. What was kept before stands. Make room or give "
+            "another place."
+        ) from error
+
+
+def remove_others(directory: Path, rank: int) -> None:
+    """Removes the states of the processes whose figures this one has taken over."""
+    for path in directory.glob(PATTERN):
+        if path != path_of(directory, rank):
+            path.unlink()

@@ -1,0 +1,1 @@
+"""Texts, rows of tokens, and corpora."""

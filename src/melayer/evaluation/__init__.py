@@ -1,0 +1,1 @@
+"""Benchmarks with and without a mask, item by item."""

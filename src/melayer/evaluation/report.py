@@ -1,0 +1,221 @@
+"""The report's section on an evaluation: what can be concluded, the figures, and the answers that flipped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from melayer.presentation.page import Written, _one_section, check_writable
+from melayer.presentation.sections import BLUE, GREY, ORANGE, Plot, Section, Table, label
+
+if TYPE_CHECKING:
+    from melayer.evaluation.result import Change, EvalResult
+
+
+FLIPS = 20
+"""Items shown for each comparison and direction."""
+_LONGEST = 700
+"""Characters of an answer shown."""
+
+
+def section(result: EvalResult) -> Section:
+    """The section as the page takes it."""
+    parts: list[Plot | Table] = []
+    if any(change.primary for change in result.changes):
+        parts += [_forest(result), _conclusions(result)]
+    parts.append(_scores(result))
+    if result.changes:
+        parts.append(_differences(result))
+    if result.chosen:
+        parts.append(_chosen(result))
+    judged = [change for change in result.changes if change.primary and change.kind == "mean"]
+    parts += [table for change in judged for table in _flips(result, change)]
+    return Section("evaluation", "Does it help?", result.sentence, parts)
+
+
+def _forest(result: EvalResult) -> Plot:
+    shown = [change for change in result.changes if change.primary]
+    names = [
+        f"{label(result.place(c))}, {label(c.variant)}" + ("" if c.comparison.higher_is_better else " ↓") for c in shown
+    ]
+    found = [change.comparison for change in shown]
+    data = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": [round(100 * c.difference, 3) for c in found],
+            "y": names,
+            "error_x": {
+                "type": "data",
+                "symmetric": False,
+                "array": [round(100 * (c.high - c.difference), 3) for c in found],
+                "arrayminus": [round(100 * (c.difference - c.low), 3) for c in found],
+                "thickness": 2,
+            },
+            "marker": {"size": 10, "color": [BLUE if c.shown else GREY for c in found]},
+            "text": [f"wins {c.wins}, losses {c.losses}, p {c.adjusted:.3g}" for c in found],
+            "hovertemplate": "%{y}: %{x:+.1f} (%{text})<extra></extra>",
+        }
+    ]
+    base = shown[0].base
+    return Plot(
+        "forest",
+        "Each variant against the first",
+        _resolution(shown),
+        f"Each point is a variant's score less that of {base} on the same items, in points of accuracy (of "
+        "perplexity: hundredths of a nat a word, more is better); the bar is the 95 % paired bootstrap interval. Blue: "
+        "a difference is shown after Holm's correction. ↓ marks a score of which less is better.",
+        {
+            "data": data,
+            "layout": {
+                "xaxis": {"title": {"text": f"difference from {label(base)} (points)"}},
+                "yaxis": {"autorange": "reversed", "automargin": True},
+                "height": max(380, 160 + 34 * len(names)),
+                "showlegend": False,
+                "shapes": [
+                    {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": ORANGE}}
+                ],
+            },
+        },
+    )
+
+
+def _resolution(shown: Sequence[Change]) -> str:
+    """How small a difference these items can show."""
+    flipped = [c.comparison for c in shown if c.kind == "mean" and c.comparison.wins + c.comparison.losses]
+    widths = [50 * (comparison.high - comparison.low) for comparison in flipped]
+    if not widths:
+        return ""
+    return (
+        f"With these items a difference of accuracy shows from about {min(widths):.1f} to {max(widths):.1f} points on, "
+        "half the width of its interval."
+    )
+
+
+def _scores(result: EvalResult) -> Table:
+    rows = [
+        [
+            score.task,
+            score.metric + (" *" if score.primary else ""),
+            score.variant,
+            f"{score.value:.1%}" if score.kind == "mean" else f"{score.value:.4f}",
+            "—" if score.low is None or score.high is None else f"{score.low:.1%} to {score.high:.1%}",
+            score.n,
+        ]
+        for score in result.scores
+    ]
+    return Table(
+        "Scores",
+        ["task", "metric", "variant", "score", "95 % interval", "items"],
+        rows,
+        takeaway="Shares of right answers with Wilson's interval. An asterisk marks what a benchmark is judged by.",
+    )
+
+
+def _differences(result: EvalResult) -> Table:
+    rows = [
+        [
+            change.task,
+            change.metric + (" *" if change.primary else ""),
+            change.variant,
+            f"{100 * found.difference:+.1f}",
+            f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
+            found.wins,
+            found.losses,
+            found.ties,
+            f"{found.adjusted:.3g}",
+        ]
+        for change, found in ((change, change.comparison) for change in result.changes)
+    ]
+    return Table(
+        f"Differences from {result.changes[0].base}, item by item",
+        ["task", "metric", "variant", "difference", "95 % interval", "wins", "losses", "ties", "p"],
+        rows,
+        takeaway="In points, or hundredths of a nat for log-likelihood, with the paired bootstrap's interval; p by the "
+        "exact McNemar test, or by sign flips where an item is not just right or wrong. What a benchmark is judged by "
+        "(*) is corrected, all of it together (Holm); the rest describes.",
+    )
+
+
+def _conclusions(result: EvalResult) -> Table:
+    rows = [
+        [change.task, change.metric, change.variant, change.sentence] for change in result.changes if change.primary
+    ]
+    return Table("What follows", ["task", "metric", "variant", "conclusion"], rows)
+
+
+def _chosen(result: EvalResult) -> Table:
+    rows = [
+        [
+            one.task,
+            one.metric,
+            one.variant,
+            one.selected_on,
+            "the same items: too good" if one.same_items else "other items",
+            one.change.sentence,
+        ]
+        for one in result.chosen
+    ]
+    columns = ["task", "metric", "chosen", "chosen by (items)", "judged on", "what follows"]
+    return Table("The variant that was chosen, judged", columns, rows, takeaway=" ".join(result.notes))
+
+
+def _flips(result: EvalResult, change: Change) -> list[Table]:
+    better: list[list[Any]] = []
+    worse: list[list[Any]] = []
+    rising = change.comparison.higher_is_better
+    for item, before, after in result.flips(change):
+        up = after["scores"][change.metric][0] > before["scores"][change.metric][0]
+        row = [item, _short(result.prompts.get(before["prompt"], before["prompt"]), tail=True)]
+        (better if up == rising else worse).append([*row, _short(before["output"]), _short(after["output"])])
+    tables = []
+    for rows, what in ((better, "won"), (worse, "lost")):
+        if rows:
+            title = f"{result.place(change)}: {len(rows)} items {what} by {change.variant}"
+            if len(rows) > FLIPS:
+                title += f", the first {FLIPS}"
+            columns = ["item", "prompt", change.base, change.variant]
+            tables.append(Table(title, columns, rows[:FLIPS], folded=True, prose=True))
+    return tables
+
+
+def _short(output: Any, *, tail: bool = False) -> str:
+    text = re.sub(r"\n\s*\n", "\n", output) if isinstance(output, str) else str(output)
+    if len(text) <= _LONGEST:
+        return text
+    return f"…{text[-_LONGEST:]}" if tail else f"{text[:_LONGEST]}…"
+
+
+def write_eval_report(result: EvalResult, out: str | Path, *, command: str | None = None) -> Written:
+    """Writes an evaluation's `report.html` and `report.json` into `out`; each appears whole or not at all.
+
+    Args:
+        result: What `evaluate`, `select` or `compare_runs` found.
+        out: A directory; made if it is missing.
+        command: The command that made it, for its provenance.
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out)
+    shared = result.settings["shared"]
+    runs = shared.get("runs") or {"": shared}
+    facts = []
+    for name, run in runs.items():
+        model = run["model"]
+        facts += [
+            (f"Model {name}".strip(), f"{model['name']}, {model['dtype']}, fingerprint {model['fingerprint']}"),
+            ("Asked", "through the chat template" if run["chat"] else "as plain text, without a chat template"),
+            ("Items at once, device", f"{run['batch_size']}, {run['device']}"),
+            ("Versions", ", ".join(f"{what} {number}" for what, number in run["versions"].items())),
+        ]
+    for task, about in result.settings["tasks"].items():
+        versions_of = sorted(set(about["lm_eval_tasks"].values()))
+        source = ", ".join(f"{file} {sha[:12]}" for file, sha in about["data_sha256"].items()) or "the hub"
+        facts.append((task, f"{about['cite']}; lm-eval task version {', '.join(versions_of)}; items from {source}"))
+    name = ", ".join(dict.fromkeys(run["model"]["name"] for run in runs.values()))
+    values = {"evaluation": result.to_dict()}
+    return _one_section(out, section(result), name, result.notes, facts, values, command)

@@ -1,0 +1,167 @@
+"""What an evaluation keeps: every answer as it is given, for these settings and no others, in one process or many."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from melayer.errors import InputError
+from melayer.evaluation.harness import Item
+from melayer.runs import jsonl
+from melayer.runs.processes import Group
+
+FILE = "eval.jsonl"
+"""Where the answers are kept, in the directory of a run."""
+
+Key = tuple[str, str, str]  # task, variant, item
+
+
+@dataclass(eq=False)
+class Store:
+    """The answers, in memory and, a line each, in a file; beside the first process each one has a file of its own."""
+
+    path: Path | None
+    settings: dict[str, Any]
+    group: Group
+    records: dict[Key, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def opened(cls, directory: Path | None, settings: dict[str, Any], group: Group) -> Store:
+        """What the directory holds of these settings.
+
+        Raises:
+            InputError: It holds answers of other settings.
+            OutputError: It cannot be read or written.
+        """
+        store = cls(None, json.loads(json.dumps(settings)), group)
+        if directory is None:
+            return store
+        main = directory / FILE
+        store.path = main if group.rank == 0 else directory / f"eval.rank{group.rank}.jsonl"
+        with jsonl.keeping("answers", main):
+            directory.mkdir(parents=True, exist_ok=True)
+            found = [main, *sorted(directory.glob("eval.rank*.jsonl"))]
+            files = [file for file in found if file.exists() and file.stat().st_size] if group.rank == 0 else []
+        for file in files:
+            kept, records = cls.read(file)
+            if records:  # else nothing can be mixed, and nothing lost
+                store._agree(kept, file)
+                store.records |= records
+        with jsonl.keeping("answers", main):
+            if group.rank == 0:
+                jsonl.replace(main, [{"eval_of": store.settings}, *store.records.values()])
+                for file in files:
+                    if file != main:
+                        file.unlink()
+        # The first process alone reads; the others learn from it what is there, and begin files of their own.
+        store.records = {key_of(record): record for record in group.gather(list(store.records.values()))}
+        if group.rank:
+            with jsonl.keeping("answers", store.path):
+                jsonl.replace(store.path, [{"eval_of": store.settings}])
+        return store
+
+    @staticmethod
+    def read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
+        """The settings and the answers of a file."""
+        with jsonl.keeping("answers", path):
+            lines = jsonl.whole_lines(path)
+        try:
+            head, *rows = map(json.loads, lines)
+            settings = head["eval_of"]
+            records = {key_of(row): row for row in rows}
+            if not all(isinstance(settings[part], dict) for part in ("shared", "tasks", "variants")) or not isinstance(
+                settings["shared"]["model"], dict
+            ):
+                raise ValueError
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} holds no evaluation that can be read. Give another place, or remove it."
+            ) from error
+        return settings, records
+
+    def _agree(self, kept: dict[str, Any], file: Path) -> None:
+        """Old answers are used only where all that they depend on is the same; other tasks and variants stay."""
+        old, new = (_without_name(settings["shared"]) for settings in (kept, self.settings))
+        differing = sorted(key for key in old | new if old.get(key) != new.get(key))
+        for part in ("tasks", "variants"):
+            mine = self.settings[part]
+            differing += [
+                f"{part[:-1]} {name}"
+                for name, about in kept[part].items()
+                if _chosen(mine.get(name, about)) != _chosen(about)
+            ]
+        if differing:
+            raise InputError(
+                f"{file} holds answers of another run: {', '.join(differing)} "
+                f"differ{'s' if len(differing) == 1 else ''}. Give another place, or remove it."
+            )
+        for part in ("tasks", "variants"):
+            self.settings[part] = {**kept[part], **self.settings[part]}
+
+    def check(self, items: Mapping[str, Sequence[Item]]) -> None:
+        """Raises InputError where a kept answer is to another question."""
+        asked = {(task, item.key): item.prompt_hash for task, found in items.items() for item in found}
+        for (task, _, key), record in self.records.items():
+            if asked.get((task, key), record["prompt"]) != record["prompt"]:
+                raise InputError(
+                    f"The stored answer to {key} is to another question. Give another place, or remove it."
+                )
+
+    def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Keeps a batch, on the disk before the next one begins."""
+        records = [json.loads(json.dumps(record)) for record in records]
+        if self.path is not None:
+            with jsonl.keeping("answers", self.path):
+                jsonl.append(self.path, records)
+        self.records |= {key_of(record): record for record in records}
+
+    def finish(self, items: Mapping[str, Sequence[Item]], variants: Sequence[str]) -> None:
+        """All answers in every process; the file in the items' order, so that equal runs have equal files."""
+        own = list(self.records.values())
+        self.records |= {key_of(record): record for record in self.group.gather(own)}
+        if self.path is None:
+            return
+        order = [(task, label, item.key) for task, found in items.items() for item in found for label in variants]
+        others = sorted(self.records.keys() - set(order), key=lambda key: (key[0], order_of(key[2]), key[1]))
+        with jsonl.keeping("answers", self.path):
+            if self.group.rank == 0:
+                rows = (self.records[key] for key in [*order, *others])
+                jsonl.replace(self.path, itertools.chain([{"eval_of": self.settings}], rows))
+        # Their own files go once the first process has written all of them.
+        self.group.gather([None])
+        if self.group.rank:
+            self.path.unlink()
+
+
+def _without_name(shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The same weights may lie elsewhere: they are told by their fingerprint."""
+    model = {key: value for key, value in shared["model"].items() if key != "name"}
+    return {**shared, "model": model}
+
+
+def _chosen(about: Any) -> Any:
+    """What is set in a description: an option that a newer version has, and that is None, changes nothing."""
+    return {key: value for key, value in about.items() if value is not None} if isinstance(about, dict) else about
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """What an answer is found by."""
+    return record["task"], record["variant"], record["item"]
+
+
+def file_of(where: Path) -> Path:
+    """The file of a stored run, given itself or its directory."""
+    path = where / FILE if where.is_dir() else where
+    if not path.is_file():
+        raise InputError(f"There is no evaluation at {where}: expected a directory with {FILE}, or such a file.")
+    return path
+
+
+def order_of(key: str) -> tuple[str, int]:
+    """Items sorted by task and place."""
+    task, _, place = key.rpartition("/")
+    return task, int(place)

@@ -1,0 +1,86 @@
+"""An evaluation at a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from melayer.presentation.tables import table
+
+if TYPE_CHECKING:
+    from melayer.evaluation.result import EvalResult
+
+
+def show_eval(result: EvalResult, console: Console) -> None:
+    """Prints an evaluation: the answer, every score, and what each comparison allows to conclude."""
+    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
+    for note in result.notes:
+        console.print(escape(note), style="dim", highlight=False)
+    console.print(_scores(result))
+    if result.changes:
+        console.print(_changes(result))
+    if result.chosen:
+        console.print("\n[bold]Chosen[/]", highlight=False)
+        for one in result.chosen:
+            where = " (same items!)" if one.same_items else ""
+            text = f"{one.task} {one.metric}: {one.variant}, of {one.selected_on} items{where}; {one.change.sentence}"
+            console.print(escape(text), highlight=False)
+    elif result.changes:
+        console.print("\n[bold]What follows[/]", highlight=False)
+        for change in result.changes:
+            if change.primary:
+                console.print(escape(f"{change.variant} on {result.place(change)}: {change.sentence}"), highlight=False)
+    console.print(
+        "Intervals are at 95 %: of a share Wilson's, of a difference a paired bootstrap by item. * marks what a "
+        "benchmark is judged by; these comparisons are corrected together (Holm). p: exact McNemar test of right and "
+        f"wrong, else sign flips by item. {escape(_how(result))}",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _scores(result: EvalResult) -> Table:
+    columns = [("task", False), ("metric", False), ("variant", False), ("value", True), ("interval", True), ("n", True)]
+    rows = [
+        [
+            score.task,
+            score.metric + ("*" if score.primary else ""),
+            score.variant,
+            f"{score.value:.1%}" if score.kind == "mean" else f"{score.value:.4f}",
+            "-" if score.low is None or score.high is None else f"{score.low:.1%}-{score.high:.1%}",
+            score.n,
+        ]
+        for score in result.scores
+    ]
+    return table("Scores", columns, rows)
+
+
+def _changes(result: EvalResult) -> Table:
+    columns = [("task", False), ("metric", False), ("variant", False), ("change", True), ("interval", True)]
+    columns += [("wins", True), ("losses", True), ("p", True)]
+    rows = [
+        [
+            change.task,
+            change.metric + ("*" if change.primary else ""),
+            change.variant,
+            f"{100 * found.difference:+.1f}",
+            f"{100 * found.low:+.1f}..{100 * found.high:+.1f}",
+            found.wins,
+            found.losses,
+            f"{found.adjusted:.3g}",
+        ]
+        for change, found in ((change, change.comparison) for change in result.changes)
+    ]
+    return table(f"Against {result.changes[0].base}, in points", columns, rows)
+
+
+def _how(result: EvalResult) -> str:
+    shared = result.settings["shared"]
+    if "runs" in shared:
+        return f"Stored runs: {', '.join(shared['runs'])}."
+    model = shared["model"]
+    template = "with the chat template" if shared["chat"] else "without a chat template"
+    return f"{model['name']}, {model['dtype']}, fingerprint {model['fingerprint']}, {template}."

@@ -1,0 +1,152 @@
+"""The keys and values of a fixed prefix in full precision, as a file: what quantised inference can begin with."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from melayer.errors import InputError, OutputError
+from melayer.interventions.mask import WeMask
+from melayer.model import wiring
+from melayer.model.provenance import fingerprint
+from melayer.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+TENSORS, ABOUT = "prefix.safetensors", "prefix.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class BakedPrefix:
+    """The cache of the tokens that every sequence begins with, with or without a mask in it.
+
+    Example:
+        >>> baked = BakedPrefix.load("demo-quant/baked", model)  # doctest: +SKIP
+        >>> model.generate(ids, past_key_values=baked.rows(1))  # doctest: +SKIP
+    """
+
+    ids: tuple[int, ...]
+    cache: Cache
+    """Of one row; `rows` gives copies, since the model writes into what it is given."""
+    fingerprint: str
+    """Of the weights that computed it."""
+    mask: WeMask | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, ids: Sequence[int], mask: WeMask | None = None) -> BakedPrefix:
+        """Computes it, see `WeMask.bake`.
+
+        Raises:
+            InputError: There is no id, the mask is on massive tokens, or it does not fit the model.
+        """
+        # A mask without blocks changes nothing, and computes the plain model's.
+        cache = (mask or WeMask(rate=0, layers=())).bake(model, ids)
+        return cls(tuple(int(token) for token in ids), cache, fingerprint(model), mask)
+
+    def rows(self, n: int) -> Cache:
+        """A copy for `n` rows, to go on from."""
+        cache = copy.deepcopy(self.cache)
+        if n > 1:
+            cache.reorder_cache(torch.zeros(n, dtype=torch.long))
+        return cache
+
+    @property
+    def unwritable(self) -> str | None:
+        """Why it cannot be written as keys and values; None where it can."""
+        for layer, of in enumerate(self.cache.layers):
+            keys, values = getattr(of, "keys", None), getattr(of, "values", None)
+            if keys is None or values is None or keys.shape[-2] != len(self.ids):
+                return (
+                    f"the cache of block {layer} is not the keys and values of all {len(self.ids)} tokens (linear "
+                    "attention keeps a state, a window drops old ones)"
+                )
+        return None
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes `prefix.safetensors` (`keys.0`, `values.0`, …: [1, heads, tokens, d]), `prefix.json` and the mask.
+
+        Raises:
+            InputError: The cache holds more than keys and values (linear attention), or has dropped some of them.
+            OutputError: It cannot be written.
+        """
+        if self.unwritable is not None:
+            raise InputError(f"The baked prefix cannot be written: {self.unwritable}.")
+        tensors: dict[str, torch.Tensor] = {}
+        for layer, of in enumerate(self.cache.layers):
+            tensors[f"keys.{layer}"] = of.keys.contiguous().cpu()
+            tensors[f"values.{layer}"] = of.values.contiguous().cpu()
+        about = {
+            "version": VERSION,
+            "melayer_version": __version__,
+            "ids": list(self.ids),
+            "fingerprint": self.fingerprint,
+            "masked": self.mask is not None,
+        }
+        directory = Path(directory)
+        if self.mask is not None:
+            self.mask.save(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".melayer-") as temporary:
+                save_file(tensors, Path(temporary) / TENSORS)
+                (Path(temporary) / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+                for name in (TENSORS, ABOUT):
+                    (Path(temporary) / name).replace(directory / name)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"The prefix cannot be written to {directory}: {reason}. Give another place.") from error
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path, model: PreTrainedModel) -> BakedPrefix:
+        """What `save` wrote, on the devices of the model.
+
+        Raises:
+            InputError: There is none, it cannot be read, or it is of other weights.
+        """
+        from transformers import DynamicCache
+
+        directory = Path(directory)
+        try:
+            about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
+            tensors = load_file(directory / TENSORS)
+            ids = tuple(int(token) for token in about["ids"])
+            computed_by = str(about["fingerprint"])
+            masked = bool(about["masked"])
+            pairs = [(tensors[f"keys.{layer}"], tensors[f"values.{layer}"]) for layer in range(len(tensors) // 2)]
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{directory} holds no baked prefix ({ABOUT} and {TENSORS}). Give a directory that `quant-check --out` "
+                "or BakedPrefix.save wrote."
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise InputError(f"The prefix in {directory} cannot be read: {error}. Write it again.") from error
+        found = fingerprint(model)
+        if computed_by != found:
+            raise InputError(
+                f"The prefix in {directory} was computed by weights with fingerprint {computed_by}; these have "
+                f"{found}, which would read wrong keys and values. Bake it again with this model."
+            )
+        cache = DynamicCache(config=model.config)
+        blocks = wiring.read(model).blocks
+        if len(pairs) != len(blocks):
+            raise InputError(
+                f"The prefix in {directory} has the keys of {len(pairs)} blocks, and the model has {len(blocks)}. Bake "
+                "it again with this model."
+            )
+        for layer, (keys, values) in enumerate(pairs):
+            device = next(parameter.device for parameter in blocks[layer].module.parameters())
+            device = torch.device("cpu") if device.type == "meta" else device  # offloaded
+            cache.update(keys.to(device, model.dtype), values.to(device, model.dtype), layer)
+        return cls(ids, cache, computed_by, WeMask.load(directory) if masked else None)

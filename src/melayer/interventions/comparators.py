@@ -1,0 +1,317 @@
+"""What else can be done about a massive activation, to hold WeMask against: four edits at the ME layer.
+
+Each is a description without state, applied as a mask is, and looks at one token at a time: no token depends on those
+beside or behind it, on padding or on the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from melayer.data.rows import batches, encode
+from melayer.data.texts import builtin_texts
+from melayer.errors import InputError
+from melayer.interventions.apply import claimed, free
+from melayer.interventions.mask import MadeFor
+from melayer.measurements.explain.explain import explain
+from melayer.measurements.locate.result import LocateResult
+from melayer.model import hooks
+from melayer.model.decoder import Block, Decoder
+from melayer.model.forward import forward
+from melayer.model.isolated_block import Edit, flat, with_gamma
+from melayer.model.provenance import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class _AtOneBlock:
+    """An edit inside one block."""
+
+    me_layer: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as plain values that JSON can hold."""
+        return {"comparator": type(self).__name__, **asdict(self)}
+
+    @contextmanager
+    def apply(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Every forward pass inside the context runs under the edit; no weight is touched, no hook stays.
+
+        Raises:
+            InputError: It does not fit the model, something else is applied already, or the model is compiled.
+            ArchitectureError: A part of the model was not found.
+        """
+        decoder = free(model, parts)
+        made_for: MadeFor | None = getattr(self, "made_for", None)
+        if made_for is not None:
+            made_for.check(decoder)
+        if not 0 <= self.me_layer < decoder.n_layers:
+            raise InputError(f"me_layer is {self.me_layer}, but the model has blocks 0 to {decoder.n_layers - 1}.")
+        edits = self._edits(decoder, decoder.blocks[self.me_layer])
+        with claimed(decoder), hooks.edit([(change, point) for point, change in edits], lambda fn, x: fn(x)):
+            yield
+
+    def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SetMassive(_AtOneBlock):
+    """The massive scalars at the ME layer's output set to fixed values (Sun et al. 2024, arXiv:2402.17762)."""
+
+    massive_above: float
+    """A scalar in one of the dimensions is set where |h| exceeds this."""
+    values: tuple[tuple[int, float], ...]
+    """For each massive dimension what is put there."""
+    made_for: MadeFor | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without a model."""
+        if not self.massive_above >= 0:
+            raise InputError(f"massive_above is {self.massive_above}; expected a size of 0 or more.")
+        values = tuple((int(dim), float(value)) for dim, value in self.values)
+        for dim, value in values:
+            if not math.isfinite(value):
+                raise InputError(f"Dimension {dim} was to be set to {value}; expected a finite number.")
+        object.__setattr__(self, "values", values)
+
+    @classmethod
+    def from_located(cls, located: LocateResult, *, to: Literal["zero", "mean"] = "zero") -> SetMassive:
+        """Every massive scalar at the ME layer that `locate` lists, set to zero or to its mean over the texts.
+
+        Raises:
+            InputError: There is no ME layer, or `to` is neither.
+        """
+        at = _me_layer(located)
+        if to not in ("zero", "mean"):
+            raise InputError(f"to is {to!r}; expected zero or mean.")
+        found: dict[int, list[float]] = {}
+        for scalar in located.massive:
+            if scalar.layer == at:
+                found.setdefault(scalar.dim, []).append(scalar.value)
+        values = tuple((dim, float(np.mean(of)) if to == "mean" else 0.0) for dim, of in sorted(found.items()))
+        return cls(at, located.massive_above, values, MadeFor.of(located))
+
+    def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
+        for dim, _ in self.values:
+            if not 0 <= dim < decoder.d_model:
+                raise InputError(f"Dimension {dim} was given, but the model has 0 to {decoder.d_model - 1}.")
+        dims = torch.tensor([dim for dim, _ in self.values], dtype=torch.long)
+        values = torch.tensor([value for _, value in self.values])
+
+        def change(hidden: torch.Tensor) -> torch.Tensor:
+            there = dims.to(hidden.device)
+            taken = hidden[..., there]
+            new = torch.where(taken.float().abs() > self.massive_above, values.to(taken), taken)
+            return hidden.index_copy(-1, there, new)
+
+        return [(block.sites["block_out"], change)] if self.values else []
+
+
+@dataclass(frozen=True)
+class FlatGamma(_AtOneBlock):
+    """Gamma of the norm before the ME layer's FFN moved towards its mean: half of the paper's cause taken away."""
+
+    amount: float = 1.0
+    """0 leaves it, 1 makes all its entries the mean."""
+    made_for: MadeFor | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without a model."""
+        if not 0 <= self.amount <= 1:
+            raise InputError(f"amount is {self.amount}; expected a share between 0 and 1.")
+
+    @classmethod
+    def from_located(cls, located: LocateResult, *, amount: float = 1.0) -> FlatGamma:
+        """At the ME layer that `locate` found.
+
+        Raises:
+            InputError: There is no ME layer, or the amount is out of range.
+        """
+        return cls(_me_layer(located), amount, MadeFor.of(located))
+
+    def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
+        if block.ffn_norm is None:
+            raise InputError(f"Block {block.layer} has no norm before its FFN, so there is no gamma to flatten.")
+        # Amount 0 changes nothing: no hook is the surest way to leave every bit as it is.
+        if not self.amount:
+            return []
+        edits = with_gamma(block.ffn_norm, flat(self.amount), decoder.d_model)
+        # A norm that computes something else is refused here, not in the middle of somebody's forward pass.
+        module = block.ffn_norm.module
+        probe = torch.linspace(-1.0, 2.0, decoder.d_model)[None, None]
+        like = next((p for p in module.parameters() if p.device.type != "meta"), None)
+        probe = probe if like is None else probe.to(like)
+        with torch.no_grad(), hooks.edit([(change, point) for point, change in edits], lambda fn, x: fn(x)):
+            module(probe)
+        return edits
+
+
+@dataclass(frozen=True)
+class CapWrite(_AtOneBlock):
+    """What the ME layer's FFN adds to a token scaled down to a norm of at most `cap`."""
+
+    cap: float
+    """A constant: a median over the tokens at hand would let a token depend on the others."""
+    made_for: MadeFor | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without a model."""
+        if not self.cap >= 0:
+            raise InputError(f"cap is {self.cap}; expected a norm of 0 or more.")
+
+    @classmethod
+    def calibrated(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        located: LocateResult,
+        *,
+        c: float = 1.0,
+        texts: Sequence[str] | None = None,
+        parts: Mapping[str, str] | None = None,
+    ) -> CapWrite:
+        """The cap at c times the median norm of what the FFN adds to tokens that are not massive.
+
+        Args:
+            model: The model.
+            tokenizer: The model's.
+            located: What `locate` found on this model, on these texts or on others.
+            c: How many medians.
+            texts: What to run; by default melayer's own.
+            parts: Names of parts that `architecture.read` does not find by itself.
+
+        Raises:
+            InputError: There is no ME layer or it is another model's, c is out of range, no token is ordinary, or
+                something is applied to the model, so that its write would not be its own.
+        """
+        at = _me_layer(located)
+        if not c >= 0:
+            raise InputError(f"c is {c}; expected 0 or more medians.")
+        decoder = free(model, parts)
+        if located.model.fingerprint != fingerprint(decoder.model):
+            raise InputError("The located result is of another model. Give what locate found on this one.")
+        block = decoder.blocks[at]
+        points = {"write": _site(block, "ffn_out"), "out": block.sites["block_out"]}
+        settings = located.settings
+        rows = encode(
+            tokenizer,
+            builtin_texts() if texts is None else texts,
+            max_tokens=settings["max_tokens"],
+            max_positions=decoder.max_positions,
+            bos=settings["bos"]["asked"],
+        )
+        norms: list[float] = []
+        for batch in batches(rows):
+            seen: dict[str, torch.Tensor] = {}
+
+            def see(name: str, x: torch.Tensor, into: dict[str, torch.Tensor] = seen) -> None:
+                into[name] = x.float().norm(dim=-1).cpu() if name == "write" else x.abs().amax(dim=-1).float().cpu()
+
+            with hooks.watch(points.items(), see):
+                forward(decoder.model, batch)
+            # Recognised here, not looked up: `locate` lists only some of the scalars, and only of its own texts.
+            ordinary = batch.attention_mask.bool() & (seen["out"] <= located.massive_above)
+            norms += seen["write"][ordinary].tolist()
+        if not norms:
+            raise InputError("Every token of these texts is massive, so there is no ordinary one to measure.")
+        return cls(at, c * float(np.median(norms)), MadeFor.of(located))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as plain values that JSON can hold; no cap (infinity) is None."""
+        return {**super().to_dict(), "cap": None if math.isinf(self.cap) else self.cap}
+
+    def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
+        point = _site(block, "ffn_out")
+        if math.isinf(self.cap):
+            return []
+
+        def change(write: torch.Tensor) -> torch.Tensor:
+            norm = write.float().norm(dim=-1, keepdim=True) * point.scale
+            # Where the norm is within the cap the factor is 1 exactly, and 0 / 0 never asked for.
+            factor = torch.where(norm > self.cap, self.cap / norm, torch.ones_like(norm))
+            return torch.where(factor < 1, (write.float() * factor).to(write.dtype), write)
+
+        return [(point, change)]
+
+
+@dataclass(frozen=True)
+class RemoveNeurons(_AtOneBlock):
+    """Some neurons of the ME layer's FFN write nothing (the super weight's among them: Yu et al. 2024,
+    arXiv:2411.07191).
+    """
+
+    neurons: tuple[int, ...]
+    made_for: MadeFor | None = None
+
+    def __post_init__(self) -> None:
+        """Any sequence of neurons will do; each counts once."""
+        object.__setattr__(self, "neurons", tuple(dict.fromkeys(int(neuron) for neuron in self.neurons)))
+
+    @classmethod
+    def top(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        located: LocateResult,
+        *,
+        n: int = 2,
+        texts: Sequence[str] | None = None,
+        parts: Mapping[str, str] | None = None,
+    ) -> RemoveNeurons:
+        """The n neurons that write most of the massive value, as `explain` finds them.
+
+        Args:
+            model: The model.
+            tokenizer: The model's.
+            located: What `locate` found on the same texts.
+            n: How many.
+            texts: What to run; by default melayer's own.
+            parts: Names of parts that `architecture.read` does not find by itself.
+
+        Raises:
+            InputError: There is no ME layer, n is below 1, or the FFN's neurons are not known.
+        """
+        at = _me_layer(located)
+        why = explain(
+            model, tokenizer, texts=texts, located=located, layers=[at], top=n, max_texts=1, seeds=1, parts=parts
+        )
+        neurons = [neuron for layer in why.layers for neuron in layer.neurons]
+        if not neurons or any(neuron.expert is not None for neuron in neurons):
+            raise InputError(f"The neurons of block {at} are not known or belong to experts, so none can be removed.")
+        return cls(at, tuple(neuron.neuron for neuron in neurons), MadeFor.of(located))
+
+    def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
+        point = _site(block, "ffn_act")
+        assert block.ffn is not None
+        assert block.ffn.down is not None
+        size = block.ffn.down.weight().shape[1]
+        for neuron in self.neurons:
+            if not 0 <= neuron < size:
+                raise InputError(f"Neuron {neuron} was given, but block {block.layer} has 0 to {size - 1}.")
+        chosen = torch.tensor(self.neurons, dtype=torch.long)
+        return [(point, lambda act: act.index_fill(-1, chosen.to(act.device), 0.0))] if self.neurons else []
+
+
+def _me_layer(located: LocateResult) -> int:
+    if located.me_layer is None:
+        raise InputError("locate found no ME layer in this model, so there is nothing to take away.")
+    return located.me_layer
+
+
+def _site(block: Block, site: Literal["ffn_act", "ffn_out"]) -> hooks.Point:
+    # Where an FFN was not understood, what its last projection reads may be something else than neurons.
+    known = site == "ffn_out" or (block.ffn is not None and block.ffn.kind in ("gated", "plain"))
+    if site not in block.sites or not known:
+        kind = "no FFN" if block.ffn is None else f"an FFN of kind {block.ffn.kind}"
+        raise InputError(f"Block {block.layer} has {kind} and so no {site}: this comparator does not work there.")
+    return block.sites[site]

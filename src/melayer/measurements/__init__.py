@@ -1,0 +1,1 @@
+"""What is measured on a plain model, a folder a measurement."""

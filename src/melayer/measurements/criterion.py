@@ -1,0 +1,78 @@
+"""What counts as massive, and which block is the ME layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from melayer.data.rows import Row
+from melayer.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+STAGE_SHARE = 0.10
+"""A block that adds at least this share of the peak state is a stage; one that takes it away erases."""
+WHOLE_SHARE = 0.90
+"""What one block (single) or two or three stages together (staged) must add."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What counts as massive, and when a block is the ME layer.
+
+    The thresholds of a massive activation are those of Sun et al. 2024 (arXiv:2402.17762); persistence and majority
+    make "the first block after which it is there" exact (arXiv:2605.08504 counts that block as the ME layer).
+    """
+
+    min_abs: float = 100.0
+    """|h| must be larger than this."""
+    min_ratio: float = 1000.0
+    """|h| must be larger than this many times the median |h| of its sequence at its block."""
+    persistence: float = 0.25
+    """The criterion must go on holding for at least this share of the blocks, the ME layer counted."""
+    majority: float = 0.5
+    """It must hold in more than this share of the sequences."""
+    min_tokens: int = 8
+    """A shorter sequence has too few ordinary tokens for its median to mean anything, and does not vote."""
+
+    def __post_init__(self) -> None:
+        """Refuse thresholds that no activation can meet or miss."""
+        for name in ("min_abs", "min_ratio"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; expected a number of at least 0.")
+        for name in ("persistence", "majority"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1.")
+
+
+# --- conclusions --------------------------------------------------------------------------------------------------
+
+
+def find_me_layer(holding: NDArray[np.bool_], criterion: Criterion, n_layers: int | None = None) -> int | None:
+    """The first block at which the criterion holds in a majority of the sequences, and goes on doing so.
+
+    Args:
+        holding: [n_sequences, blocks run] whether each sequence holds a massive scalar at each block's output.
+        criterion: Its majority and persistence.
+        n_layers: The model's blocks, where not all of them were run; what is found then no later block can change.
+    """
+    n_sequences, n_run = holding.shape
+    if n_sequences == 0:
+        return None
+    carried = holding.mean(axis=0) > criterion.majority
+    needed = max(1, math.ceil(criterion.persistence * (n_layers or n_run)))
+    for layer in range(n_run - needed + 1):
+        if carried[layer : layer + needed].all():
+            return layer
+    return None
+
+
+def voting(rows: Sequence[Row], criterion: Criterion) -> list[int]:
+    """The sequences that decide on the ME layer: the long enough ones, or all where there are none."""
+    return [row.index for row in rows if len(row) >= criterion.min_tokens] or [row.index for row in rows]

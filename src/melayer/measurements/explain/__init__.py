@@ -1,0 +1,1 @@
+"""Why the massive activation is there."""

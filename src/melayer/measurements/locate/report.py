@@ -1,0 +1,378 @@
+"""The report's section on where the massive activation is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from melayer.data.rows import visible
+from melayer.measurements.locate.result import LocateResult, Trace
+from melayer.presentation.sections import (
+    BLUE,
+    GREY,
+    ORANGE,
+    SEQUENTIAL,
+    VERMILLION,
+    Plot,
+    Section,
+    Table,
+    label,
+    number,
+    rounded,
+)
+
+# More columns than this cannot be told apart in the 3-D picture, and each costs bytes.
+_SURFACE_COLUMNS = 768
+_LISTED = 400
+
+
+def section(result: LocateResult) -> Section:
+    """Plots and tables of a locate result."""
+    parts: list[Plot | Table] = [_magnitudes(result)]
+    if result.shares:
+        parts.append(_shares(result))
+    if result.trace is not None:
+        parts += [_tokens(result, result.trace), _surface(result, result.trace)]
+    parts += [_stages(result), *_massive(result), _sequences(result), _blocks(result)]
+    return Section("locate", "Where it is", result.sentence, parts)
+
+
+def _magnitudes(result: LocateResult) -> Plot:
+    layers = [row.layer for row in result.blocks]
+    criterion = result.criterion
+    threshold = [
+        None if row.median_abs is None else max(criterion.min_abs, criterion.min_ratio * row.median_abs)
+        for row in result.blocks
+    ]
+    hover = [
+        f"block {row.layer}<br>token {row.token_index} “{label(visible(row.token))}”, dimension {row.dim}"
+        f"<br>text {row.sequence}"
+        for row in result.blocks
+    ]
+    data: list[dict[str, Any]] = [
+        _line("largest |h|", layers, [row.max_abs for row in result.blocks], BLUE, text=hover),
+        _line("median |h|", layers, [row.median_abs for row in result.blocks], GREY),
+        _line("criterion", layers, threshold, VERMILLION, dash="dash"),
+    ]
+    shapes, notes = [], []
+    if result.me_layer is not None:
+        at = result.me_layer
+        shapes.append(
+            {
+                "type": "line",
+                "x0": at,
+                "x1": at,
+                "yref": "paper",
+                "y0": 0,
+                "y1": 1,
+                "line": {"color": ORANGE, "width": 2},
+            }
+        )
+        notes.append(
+            {
+                "x": at,
+                "y": 1,
+                "yref": "paper",
+                "yanchor": "bottom",
+                "text": f"ME layer {at}",
+                "showarrow": False,
+                "font": {"color": ORANGE},
+            }
+        )
+        above = sum(row.n_holding > 0 for row in result.blocks)
+        takeaway = (
+            f"After block {at} the largest value is {_ratio_to_before(result)} the one before it; "
+            f"the criterion holds after {above} of {len(layers)} blocks in at least one text."
+        )
+    else:
+        takeaway = result.sentence
+    layout = {
+        "xaxis": {"title": {"text": "block (0-based)"}},
+        "yaxis": {"title": {"text": "|h| at the block's output"}, "type": "log", "exponentformat": "power"},
+        "shapes": shapes,
+        "annotations": notes,
+    }
+    return Plot(
+        "magnitudes",
+        "Largest magnitude by block",
+        takeaway,
+        "Each point is the largest |h| over all texts, tokens and dimensions at that block's output; the vertical axis "
+        "is logarithmic, without unit. A block counts as massive where the blue line is above the dashed one "
+        f"(larger than {criterion.min_abs:,.0f} and than {criterion.min_ratio:,.0f} times the median).",
+        {"data": data, "layout": layout},
+    )
+
+
+def _ratio_to_before(result: LocateResult) -> str:
+    at = result.me_layer
+    assert at is not None
+    before = result.embedding_max_abs if at == 0 else result.blocks[at - 1].max_abs
+    now = result.blocks[at].max_abs
+    return f"{now / before:,.0f} times" if now and before else "not comparable with"
+
+
+def _line(
+    name: str,
+    x: list[int],
+    y: list[float | None],
+    colour: str,
+    *,
+    dash: str = "solid",
+    text: list[str] | None = None,
+) -> dict[str, Any]:
+    trace: dict[str, Any] = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": x,
+        "y": rounded(np.array([math.nan if value is None else value for value in y]), 6),
+        "line": {"color": colour, "dash": dash, "width": 2},
+        "marker": {"size": 5 if dash == "solid" else 1},
+    }
+    if text is not None:
+        trace |= {"text": text, "hovertemplate": "%{text}<br>|h| = %{y:,.4~g}<extra></extra>"}
+    return trace
+
+
+def _shares(result: LocateResult) -> Plot:
+    layers = [stage.layer for stage in result.shares]
+    split = [(stage.attn_share or 0.0, stage.ffn_share or 0.0) for stage in result.shares]
+    rest = [stage.share - attn - ffn for stage, (attn, ffn) in zip(result.shares, split, strict=True)]
+    data = [
+        _bars("FFN", layers, [ffn for _, ffn in split], ORANGE),
+        _bars("attention", layers, [a for a, _ in split], BLUE),
+    ]
+    if any(stage.attn_share is None for stage in result.shares):
+        data.append(_bars("other mixer", layers, rest, GREY))
+    largest = max(result.shares, key=lambda stage: stage.share)
+    erased = min(result.shares, key=lambda stage: stage.share)
+    takeaway = f"Block {largest.layer} writes {largest.share:.1%} of the peak state"
+    if largest.ffn_share is not None:
+        takeaway += f" ({largest.ffn_share:.1%} by its FFN)"
+    takeaway += f"; the largest removal is {-erased.share:.1%}, at block {erased.layer}." if erased.share < 0 else "."
+    return Plot(
+        "shares",
+        "Who writes the massive state",
+        takeaway,
+        "The part of the massive token's peak state that each block adds along its direction, split into what "
+        "attention and FFN write; bars below zero take it away. Up to the peak, all bars and the embedding add up to "
+        "100 %.",
+        {
+            "data": data,
+            "layout": {
+                "barmode": "relative",
+                "xaxis": {"title": {"text": "block (0-based)"}},
+                "yaxis": {"title": {"text": "share of the peak state"}, "tickformat": ".0%"},
+            },
+        },
+    )
+
+
+def _bars(name: str, x: list[int], y: list[float], colour: str) -> dict[str, Any]:
+    return {
+        "type": "bar",
+        "name": name,
+        "x": x,
+        "y": rounded(np.array(y)),
+        "marker": {"color": colour},
+        "hovertemplate": "block %{x}: %{y:.2%}<extra>" + name + "</extra>",
+    }
+
+
+def _tokens(result: LocateResult, trace: Trace) -> Plot:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        magnitude = np.log10(np.maximum(trace.token_max, 1e-12))
+    names = [f"{place} {label(visible(token))}" for place, token in enumerate(trace.tokens)]
+    last = np.nan_to_num(trace.token_max)
+    layer, token = np.unravel_index(int(last.argmax()), last.shape)
+    others = np.delete(last[layer], token)
+    against = f", {last[layer, token] / others.max():,.0f} times the largest other token" if others.any() else ""
+    return Plot(
+        "tokens",
+        "Tokens by blocks",
+        f"In text {trace.sequence} token {token} (“{visible(trace.tokens[token])}”) holds the largest value, "
+        f"{last[layer, token]:,.0f} at block {layer}{against}.",
+        f"Each cell is the largest |h| over the dimensions of one token at one block's output, as a power of ten; "
+        f"the first {len(trace.tokens)} tokens of one text. A massive token is a bright row.",
+        {
+            "data": [
+                {
+                    "type": "heatmap",
+                    "z": rounded(magnitude.T, 3),
+                    "y": names,
+                    "colorscale": SEQUENTIAL,
+                    "x": list(range(len(magnitude))),
+                    "colorbar": {"title": {"text": "log₁₀ |h|"}, "thickness": 12},
+                    "hovertemplate": "block %{x}, token %{y}<br>|h| = 10^%{z:.2f}<extra></extra>",
+                }
+            ],
+            "layout": {
+                "xaxis": {"title": {"text": "block (0-based)"}},
+                "yaxis": {
+                    "autorange": "reversed",
+                    "type": "category",
+                    "dtick": 1,
+                    "tickfont": {"size": 11},
+                    "title": {"text": "token"},
+                    "automargin": True,
+                },
+                "height": max(280, 90 + 15 * len(names)),
+            },
+        },
+    )
+
+
+def _surface(result: LocateResult, trace: Trace) -> Plot:
+    magnitude = np.nan_to_num(np.abs(trace.states))
+    d_model = magnitude.shape[1]
+    width = -(-d_model // _SURFACE_COLUMNS)
+    starts = np.arange(0, d_model, width)
+    binned = np.maximum.reduceat(magnitude, starts, axis=1)
+    peak_layer, peak_dim = np.unravel_index(int(magnitude.argmax()), magnitude.shape)
+    share = magnitude[peak_layer, peak_dim] ** 2 / max(float((magnitude[peak_layer] ** 2).sum()), 1e-30)
+    grouping = f" Each column is the maximum of {width} neighbouring dimensions." if width > 1 else ""
+    return Plot(
+        "surface",
+        "The massive token in three dimensions",
+        f"At its peak, after block {peak_layer}, dimension {peak_dim} of token {trace.token_index} "
+        f"(“{visible(trace.token)}”) alone holds {share:.1%} of its squared norm.",
+        "The |h| of one token: dimensions by blocks by magnitude. Drag to turn, scroll to zoom; the buttons switch "
+        f"the vertical axis between linear and logarithmic.{grouping}",
+        {
+            "data": [
+                {
+                    "type": "surface",
+                    "x": starts.tolist(),
+                    "y": list(range(len(binned))),
+                    "z": rounded(binned, 3),
+                    "colorscale": SEQUENTIAL,
+                    "showscale": False,
+                    "hovertemplate": "dimension %{x}, block %{y}<br>|h| = %{z:,.4~g}<extra></extra>",
+                }
+            ],
+            "layout": {
+                "height": 520,
+                "margin": {"l": 0, "r": 0, "t": 10, "b": 0},
+                "scene": {
+                    "xaxis": {"title": {"text": "dimension"}},
+                    "yaxis": {"title": {"text": "block (0-based)"}},
+                    "zaxis": {"title": {"text": "|h|"}, "type": "linear"},
+                    "aspectratio": {"x": 1.6, "y": 1.2, "z": 0.8},
+                    "camera": {
+                        "eye": {"x": -1.3, "y": -1.7, "z": 0.9},
+                        "center": {"x": 0, "y": 0, "z": -0.15},
+                    },
+                },
+                "updatemenus": [
+                    {
+                        "type": "buttons",
+                        "direction": "right",
+                        "showactive": False,
+                        "x": 0,
+                        "xanchor": "left",
+                        "y": 1,
+                        "yanchor": "top",
+                        "buttons": [
+                            {"label": kind, "method": "relayout", "args": [{"scene.zaxis.type": kind}]}
+                            for kind in ("linear", "log")
+                        ],
+                    }
+                ],
+            },
+        },
+    )
+
+
+def _stages(result: LocateResult) -> Table:
+    def row(kind: str, layer: int) -> list[Any]:
+        stage, block = result.shares[layer], result.blocks[layer]
+        parts = [f"{part:.1%}" if part is not None else "—" for part in (stage.attn_share, stage.ffn_share)]
+        return [kind, layer, f"{stage.share:.1%}", *parts, number(block.max_abs), number(block.ratio)]
+
+    return Table(
+        "Stages",
+        ["", "block", "share", "by attention", "by FFN", "largest |h|", "ratio to median"],
+        [row("adds", stage.layer) for stage in result.stages] + [row("erases", layer) for layer in result.erased_at],
+        takeaway=f"Emergence: {result.emergence}.",
+    )
+
+
+def _massive(result: LocateResult) -> list[Table]:
+    columns = ["block", "text", "token", "", "dimension", "value"]
+    rows = [[s.layer, s.sequence, s.token_index, visible(s.token), s.dim, number(s.value, 1)] for s in result.massive]
+    if not rows:
+        return [Table("Massive scalars", columns, [], takeaway="No scalar meets the criterion.")]
+    total = sum(row.n_massive for row in result.blocks)
+    dims = sorted({s.dim for s in result.massive})
+    takeaway = (
+        f"{total:,} scalars meet the criterion over all texts and blocks, in {len(dims)} "
+        f"dimension{'s' if len(dims) > 1 else ''} ({', '.join(map(str, dims[:8]))}{'…' if len(dims) > 8 else ''})."
+    )
+    first = [row for row in rows if row[0] == result.me_layer]
+    shown = Table("Massive scalars at the ME layer", columns, first[:_LISTED], takeaway=takeaway)
+    cut = f" The first {_LISTED} of {len(rows)} listed." if len(rows) > _LISTED else ""
+    whole = Table(f"Massive scalars at every block.{cut}", columns, rows[:_LISTED], folded=True)
+    return [shown, whole] if first else [Table("Massive scalars", columns, rows[:_LISTED], takeaway=takeaway)]
+
+
+def _sequences(result: LocateResult) -> Table:
+    holding = sum(bool(row.holds) for row in result.sequences)
+    takeaway = f"The criterion holds at the ME layer in {holding} of {len(result.sequences)} texts."
+    return Table(
+        "Texts",
+        ["", "text", "tokens", "first token", "votes", "holds", "massive token", "emergence"],
+        [
+            [
+                row.index,
+                visible(row.text),
+                row.n_tokens,
+                visible(row.first_token),
+                "yes" if row.votes else "too short",
+                {True: "yes", False: "no", None: "—"}[row.holds],
+                "—" if row.massive_token is None else f"{row.massive_token_index}: {visible(row.massive_token)}",
+                row.emergence or "—",
+            ]
+            for row in result.sequences
+        ],
+        takeaway=takeaway if result.me_layer is not None else "",
+    )
+
+
+def _blocks(result: LocateResult) -> Table:
+    return Table(
+        "Every block",
+        [
+            "block",
+            "largest |h|",
+            "text",
+            "token",
+            "",
+            "dimension",
+            "median |h|",
+            "ratio",
+            "norm of that token",
+            "median norm of the others",
+            "massive scalars",
+            "texts holding",
+        ],
+        [
+            [
+                row.layer,
+                number(row.max_abs, 1),
+                row.sequence,
+                row.token_index,
+                visible(row.token),
+                row.dim,
+                number(row.median_abs, 3),
+                number(row.ratio),
+                number(row.top_norm),
+                number(row.others_norm, 1),
+                row.n_massive,
+                row.n_holding,
+            ]
+            for row in result.blocks
+        ],
+        folded=True,
+    )

@@ -1,0 +1,119 @@
+"""A locate result at a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from melayer.data.rows import visible
+from melayer.presentation.tables import number, table
+
+if TYPE_CHECKING:
+    from melayer.measurements.locate.result import LocateResult
+
+_LISTED = 12
+
+
+def show_locate(result: LocateResult, console: Console) -> None:
+    """Prints a locate result: the answer, the blocks, the stages, the massive scalars and the texts."""
+    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
+    for note in result.notes:
+        console.print(escape(note), style="dim", highlight=False)
+    console.print(_blocks(result))
+    if result.shares:
+        console.print(_stages(result))
+    if result.massive:
+        console.print(_massive(result))
+    console.print(_sequences(result))
+    bos, model = result.settings["bos"], result.model
+    console.print(
+        f"{escape(model.name)}, {model.dtype}, fingerprint {model.fingerprint}; {result.settings['n_tokens']} tokens "
+        f"in {len(result.sequences)} texts, {bos['sequences_with_bos']} of them with BOS. "
+        "Blocks, tokens and dimensions are 0-based.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _blocks(result: LocateResult) -> Table:
+    columns = [
+        ("block", True),
+        ("max |h|", True),
+        ("ratio", True),
+        ("token", True),
+        ("", False),
+        ("dim", True),
+        ("massive", True),
+        ("texts", True),
+        ("share", True),
+        ("", False),
+    ]
+    rows = []
+    shares = {stage.layer: stage.share for stage in result.shares}
+    voting = sum(row.votes for row in result.sequences)
+    for row in result.blocks:
+        mark = []
+        if row.layer == result.me_layer:
+            mark.append("<- ME layer")
+        elif row.layer in {stage.layer for stage in result.stages}:
+            mark.append("stage")
+        if row.layer in result.erased_at:
+            mark.append("erases")
+        if row.n_non_finite:
+            mark.append(f"{row.n_non_finite} tokens not finite")
+        rows.append(
+            [
+                row.layer,
+                number(row.max_abs, 1),
+                number(row.ratio),
+                row.token_index,
+                visible(row.token),
+                row.dim,
+                row.n_massive,
+                f"{row.n_holding}/{voting}",
+                f"{shares[row.layer]:+.1%}" if row.layer in shares else "-",
+                ", ".join(mark),
+            ]
+        )
+    return table("Blocks", columns, rows)
+
+
+def _stages(result: LocateResult) -> Table:
+    columns = [("block", True), ("", False), ("share", True), ("attention", True), ("FFN", True)]
+    rows = []
+    stages = {stage.layer for stage in result.stages}
+    for share in result.shares:
+        if share.layer in stages or share.layer in result.erased_at:
+            parts = ["-" if part is None else f"{part:+.1%}" for part in (share.attn_share, share.ffn_share)]
+            rows.append([share.layer, "adds" if share.share > 0 else "erases", f"{share.share:+.1%}", *parts])
+    return table(f"Emergence: {result.emergence}", columns, rows)
+
+
+def _massive(result: LocateResult) -> Table:
+    columns = [("block", True), ("text", True), ("token", True), ("", False), ("dim", True), ("value", True)]
+    at = [scalar for scalar in result.massive if scalar.layer == result.me_layer] or list(result.massive)
+    where = f"at block {result.me_layer}" if result.me_layer is not None else "at every block"
+    more = f", {_LISTED} of {len(at)}" if len(at) > _LISTED else ""
+    rows = [[s.layer, s.sequence, s.token_index, visible(s.token), s.dim, number(s.value, 1)] for s in at[:_LISTED]]
+    return table(f"Massive scalars {where}{more}", columns, rows)
+
+
+def _sequences(result: LocateResult) -> Table:
+    columns = [
+        ("text", True),
+        ("tokens", True),
+        ("holds", False),
+        ("massive token", False),
+        ("first token", False),
+        ("begins", False),
+    ]
+    rows = []
+    for row in result.sequences:
+        holds = {True: "yes", False: "no", None: "-"}[row.holds] if row.votes else "too short"
+        massive = "-" if row.massive_token is None else f"{row.massive_token_index}: {visible(row.massive_token)}"
+        begins = visible(row.text[:32])
+        rows.append([row.index, row.n_tokens, holds, massive, visible(row.first_token), begins])
+    return table("Texts", columns, rows)

@@ -1,0 +1,112 @@
+"""How well a model predicts texts: the mean negative log-likelihood of a token, and its exponential."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from melayer.data.rows import batches, windows
+from melayer.data.texts import builtin_texts
+from melayer.errors import InputError
+from melayer.model import wiring
+from melayer.model.losses import losses
+from melayer.model.provenance import ModelInfo, describe
+from melayer.runs.progress import Progress
+from melayer.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What `perplexity` found."""
+
+    model: ModelInfo
+    settings: dict[str, Any]
+    T: int
+    n_sequences: int
+    n_predicted: int
+    """Tokens predicted: all but the first of each sequence."""
+    nll: float
+    """Mean negative log-likelihood of a predicted token, in nats."""
+    perplexity: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain values that JSON can hold."""
+        return {"melayer_version": __version__, **asdict(self), "sentence": self.sentence}
+
+    @property
+    def sentence(self) -> str:
+        """The answer in one sentence, computed from the figures."""
+        return (
+            f"Over {self.n_sequences} sequences of T = {self.T} tokens the perplexity is {self.perplexity:,.2f} "
+            f"({self.nll:.4f} nats a token, {self.n_predicted:,} tokens predicted)."
+        )
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    T: int = 64,
+    texts: Sequence[str] | None = None,
+    bos: bool | None = None,
+    max_batch_tokens: int = 2048,
+    parts: Mapping[str, str] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """The perplexity of texts cut into sequences of T tokens, each predicted from its own beginning alone.
+
+    It depends on T and on how the texts are cut: compare only figures of the same texts, T and tokenizer.
+
+    Args:
+        model: A causal language model from transformers. It is bit-identical afterwards.
+        tokenizer: The model's.
+        T: Tokens in each sequence; all but the first are predicted.
+        texts: What to predict; by default melayer's own.
+        bos: Whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
+        max_batch_tokens: Tokens in one forward pass.
+        parts: Names of parts that `architecture.read` does not find by itself.
+        name: What to call the model in the result.
+        progress: Called with the tokens done and the tokens in all.
+
+    Raises:
+        InputError: T is beyond the texts or the model, or the logits are not finite.
+        ArchitectureError: A part of the model was not found.
+
+    Example:
+        >>> melayer.perplexity(model, tokenizer, T=256).perplexity  # doctest: +SKIP
+    """
+    decoder = wiring.read(model, parts=parts)
+    rows = windows(
+        tokenizer, builtin_texts() if texts is None else texts, T, max_positions=decoder.max_positions, bos=bos
+    )
+    total, done = 0.0, 0
+    for batch in batches(rows, max_batch_tokens=max_batch_tokens):
+        total += float(losses(decoder, batch).double().sum())
+        done += sum(batch.lengths)
+        if progress is not None:
+            progress(done, T * len(rows))
+    n_predicted = len(rows) * (T - 1)
+    nll = total / n_predicted
+    if not nll < 700:  # e^700 is about the largest number that there is
+        raise InputError(
+            f"The texts cannot be predicted: the mean negative log-likelihood is {nll:g}. "
+            "Load the model in a wider dtype, or see melayer locate."
+        )
+    return PerplexityResult(
+        model=describe(decoder, name),
+        settings={
+            "texts": "built-in" if texts is None else "given",
+            "bos": {"asked": bos, "sequences_with_bos": sum(row.has_bos for row in rows)},
+        },
+        T=T,
+        n_sequences=len(rows),
+        n_predicted=n_predicted,
+        nll=nll,
+        perplexity=math.exp(nll),
+    )

@@ -1,0 +1,1 @@
+"""What the massive activation makes rigid."""

@@ -1,0 +1,1 @@
+"""What attention the massive tokens draw."""

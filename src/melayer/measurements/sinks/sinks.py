@@ -1,0 +1,223 @@
+"""Which keys draw the attention: the sink rate, by block and head, before and after the ME layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from melayer.data.rows import Batch, Row, batches, windows
+from melayer.data.texts import builtin_texts
+from melayer.errors import InputError
+from melayer.measurements.criterion import Criterion, find_me_layer
+from melayer.measurements.sinks.result import MassiveKeys, SinkHead, SinksResult
+from melayer.measurements.summaries import SequenceSummary, summaries_of
+from melayer.model import attention, wiring
+from melayer.model.decoder import Decoder
+from melayer.model.forward import forward
+from melayer.model.hooks import measuring
+from melayer.model.provenance import describe
+from melayer.runs.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Massive tokens of one sequence that are followed; a real model has a handful (Sun et al. 2024).
+_MOST_TOKENS = 8
+
+
+def sinks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    T: int = 64,
+    epsilon: float = 0.3,
+    texts: Sequence[str] | None = None,
+    bos: bool | None = None,
+    criterion: Criterion | None = None,
+    max_batch_tokens: int = 2048,
+    parts: Mapping[str, str] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> SinksResult:
+    """How much attention the first token and the massive tokens draw, for every block and head.
+
+    alpha_k is the mean of A[t, k] over the queries t >= k; a head is a sink head for key k where alpha_k > epsilon;
+    the sink rate is the share of (sequence, layer, head) that are (Gu et al. 2024, arXiv:2410.10781). It falls with
+    the length of the sequences, so all have the same T. No [T, T] matrix is built.
+
+    Args:
+        model: A causal language model from transformers. It is bit-identical afterwards.
+        tokenizer: The model's.
+        T: Tokens in each sequence; 64 is the published setting.
+        epsilon: The threshold; 0.3 is the published setting.
+        texts: What to run, cut into sequences of T tokens; by default melayer's own.
+        bos: Whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
+        criterion: What counts as massive, and as the ME layer.
+        max_batch_tokens: Tokens in one forward pass.
+        parts: Names of parts that `architecture.read` does not find by itself.
+        name: What to call the model in the result.
+        progress: Called with the tokens done and the tokens in all.
+
+    Raises:
+        InputError: T is beyond the texts or the model, an option is out of range, or the activations are not finite.
+        ArchitectureError: The model has no softmax attention, or it cannot be listened to.
+
+    Example:
+        >>> melayer.sinks(model, tokenizer, T=64).rate_after_me  # doctest: +SKIP
+    """
+    criterion = criterion or Criterion()
+    if not 0 <= epsilon <= 1:
+        raise InputError(f"epsilon is {epsilon}; expected a share of attention between 0 and 1.")
+    decoder = wiring.read(model, parts=parts)
+    rows = windows(
+        tokenizer, builtin_texts() if texts is None else texts, T, max_positions=decoder.max_positions, bos=bos
+    )
+    alphas, summaries = _first_keys(decoder, rows, criterion, max_batch_tokens, progress)
+    _refuse_non_finite(decoder, rows, summaries)
+    holding = np.stack([summaries[row.index].n_massive[1:] > 0 for row in rows])
+    me_layer = find_me_layer(holding, criterion)
+    softmax = [block.layer for block in decoder.blocks if block.attention is not None]
+    is_sink = {layer: alphas[layer] > epsilon for layer in softmax}
+    notes = []
+    if len(softmax) < decoder.n_layers:
+        notes.append(f"{decoder.n_layers - len(softmax)} of {decoder.n_layers} blocks have no softmax attention.")
+    if criterion.min_tokens > T:
+        notes.append(f"With fewer than {criterion.min_tokens} tokens the criterion for the ME layer is not meaningful.")
+    return SinksResult(
+        model=describe(decoder, name),
+        settings={
+            "criterion": asdict(criterion),
+            "texts": "built-in" if texts is None else "given",
+            "bos": {"asked": bos, "sequences_with_bos": sum(row.has_bos for row in rows)},
+            "layers_counted_from": 0,
+        },
+        T=T,
+        epsilon=epsilon,
+        key=0,
+        n_sequences=len(rows),
+        me_layer=me_layer,
+        alpha=tuple(
+            tuple(alphas[layer].mean(axis=0).tolist()) if layer in is_sink else None
+            for layer in range(decoder.n_layers)
+        ),
+        rate=_rate(is_sink, softmax) or 0.0,
+        rate_by_layer=tuple(
+            float(is_sink[layer].mean()) if layer in is_sink else None for layer in range(decoder.n_layers)
+        ),
+        rate_until_me=None if me_layer is None else _rate(is_sink, [layer for layer in softmax if layer <= me_layer]),
+        rate_after_me=None if me_layer is None else _rate(is_sink, [layer for layer in softmax if layer > me_layer]),
+        heads=_heads(alphas, is_sink),
+        massive=_massive(decoder, rows, summaries, alphas, me_layer, epsilon, max_batch_tokens),
+        notes=tuple(notes),
+    )
+
+
+def _first_keys(
+    decoder: Decoder, rows: Sequence[Row], criterion: Criterion, max_batch_tokens: int, progress: Progress | None
+) -> tuple[dict[int, NDArray[np.float32]], dict[int, SequenceSummary]]:
+    """For each layer [n_sequences, n_heads] what key 0 draws, and the summaries of the same forward passes."""
+    found: dict[int, dict[int, NDArray[np.float32]]] = {}
+
+    @contextmanager
+    def listening(batch: Batch) -> Iterator[None]:
+        with attention.listen(decoder, [[0]] * len(batch.rows), batch.attention_mask) as drawn:
+            yield
+            for layer, values in _on_host(drawn()).items():
+                for place, row in enumerate(batch.rows):
+                    found.setdefault(layer, {})[row.index] = values[place, :, 0]
+
+    summaries = summaries_of(
+        decoder,
+        rows,
+        criterion,
+        k=_MOST_TOKENS,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress,
+        around=listening,
+    )
+    return {layer: np.stack([of[row.index] for row in rows]) for layer, of in found.items()}, summaries
+
+
+def _refuse_non_finite(decoder: Decoder, rows: Sequence[Row], summaries: Mapping[int, SequenceSummary]) -> None:
+    """A NaN is below every threshold: it would count as a head that is no sink."""
+    for layer in range(decoder.n_layers):
+        for row in rows:
+            if summaries[row.index].n_non_finite[layer + 1]:
+                raise InputError(
+                    f"The activations are not finite from the output of block {layer} on (sequence {row.index}), so "
+                    "attention after it cannot be measured. Load the model in a wider dtype, or see melayer locate."
+                )
+
+
+def _on_host(drawn: Mapping[int, torch.Tensor]) -> dict[int, NDArray[np.float32]]:
+    return {layer: values.cpu().numpy() for layer, values in drawn.items()}
+
+
+def _rate(is_sink: Mapping[int, NDArray[np.bool_]], layers: Sequence[int]) -> float | None:
+    """The share of (sequence, layer, head) over these layers; None over none."""
+    taken = [is_sink[layer].ravel() for layer in layers]
+    return float(np.concatenate(taken).mean()) if taken else None
+
+
+def _heads(alphas: Mapping[int, NDArray[np.float32]], is_sink: Mapping[int, NDArray[np.bool_]]) -> tuple[SinkHead, ...]:
+    heads = [
+        SinkHead(layer, head, float(alphas[layer][:, head].mean()), float(share))
+        for layer, shares in ((layer, sink.mean(axis=0)) for layer, sink in is_sink.items())
+        for head, share in enumerate(shares)
+        if share > 0.5
+    ]
+    return tuple(sorted(heads, key=lambda head: -head.alpha))
+
+
+def _massive(
+    decoder: Decoder,
+    rows: Sequence[Row],
+    summaries: Mapping[int, SequenceSummary],
+    first: Mapping[int, NDArray[np.float32]],
+    me_layer: int | None,
+    epsilon: float,
+    max_batch_tokens: int,
+) -> MassiveKeys | None:
+    """What the massive tokens at the ME layer's output draw; only sequences with one beyond key 0 run again."""
+    if me_layer is None:
+        return None
+    tokens = {row.index: _massive_tokens(summaries[row.index], me_layer) for row in rows}
+    again = [row for row in rows if any(token > 0 for token in tokens[row.index])]
+    found: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in first}
+    for row in rows:
+        if tokens[row.index] == [0]:
+            for layer, values in first.items():
+                found[layer].append(values[row.index])
+    for batch in batches(again, max_batch_tokens=max_batch_tokens):
+        keys = [tokens[row.index] for row in batch.rows]
+        with measuring(decoder.model), attention.listen(decoder, keys, batch.attention_mask) as drawn:
+            forward(decoder.model, batch)
+            for layer, values in _on_host(drawn()).items():
+                found[layer] += [values[place, :, key] for place, row in enumerate(keys) for key in range(len(row))]
+    n_tokens = sum(map(len, tokens.values()))
+    if not n_tokens:
+        return None
+    stacked = {layer: np.stack(values) for layer, values in found.items()}
+    is_sink = {layer: values > epsilon for layer, values in stacked.items()}
+    return MassiveKeys(
+        n_tokens=n_tokens,
+        n_not_first=sum(token > 0 for of in tokens.values() for token in of),
+        alpha=tuple(
+            tuple(stacked[layer].mean(axis=0).tolist()) if layer in stacked else () for layer in range(decoder.n_layers)
+        ),
+        rate=_rate(is_sink, sorted(is_sink)) or 0.0,
+        rate_after_me=_rate(is_sink, [layer for layer in sorted(is_sink) if layer > me_layer]),
+    )
+
+
+def _massive_tokens(summary: SequenceSummary, layer: int) -> list[int]:
+    """The tokens of one sequence that hold a massive scalar at a block's output."""
+    count = int(summary.n_massive[layer + 1])
+    listed = summary.tokens[layer + 1][: min(count, _MOST_TOKENS)]
+    return sorted({int(token) for token in listed if token >= 0})

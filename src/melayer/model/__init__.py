@@ -1,0 +1,1 @@
+"""One view of a decoder, and what runs and watches it."""

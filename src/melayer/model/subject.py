@@ -1,0 +1,79 @@
+"""What a measurement is made on: a model with its tokenizer, read once and handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from melayer.data.rows import Row, encode, windows
+from melayer.data.texts import builtin_texts
+from melayer.model import wiring
+from melayer.model.decoder import Decoder
+from melayer.model.provenance import ModelInfo, describe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model's parts, its tokenizer, and what results say of it.
+
+    Each public function makes one from the plain model that it is given, and hands it to every measurement that it
+    is made of, so that the architecture is read once.
+    """
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    info: ModelInfo
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        parts: Mapping[str, str] | None = None,
+        name: str | None = None,
+    ) -> Subject:
+        """Reads the model.
+
+        Args:
+            model: A causal language model from transformers, also wrapped (PEFT), with its weights in place.
+            tokenizer: The model's.
+            parts: Names of parts that `wiring.read` does not find by itself.
+            name: What to call the model in results; by default what it was loaded from.
+
+        Raises:
+            ArchitectureError: A part of the model was not found.
+        """
+        decoder = wiring.read(model, parts=parts)
+        return cls(decoder, tokenizer, describe(decoder, name))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        return self.decoder.model
+
+    def rows(
+        self, texts: Sequence[str] | None, *, max_tokens: int | None = None, bos: bool | None = None
+    ) -> tuple[Row, ...]:
+        """The token rows of `texts`, by default the built-in ones; see `encode`."""
+        return encode(
+            self.tokenizer,
+            builtin_texts() if texts is None else texts,
+            max_tokens=max_tokens,
+            max_positions=self.decoder.max_positions,
+            bos=bos,
+        )
+
+    def windows(self, texts: Sequence[str] | None, length: int, *, bos: bool | None = None) -> tuple[Row, ...]:
+        """The texts, by default the built-in ones, cut into sequences of `length` tokens; see `data.rows.windows`."""
+        return windows(
+            self.tokenizer,
+            builtin_texts() if texts is None else texts,
+            length,
+            max_positions=self.decoder.max_positions,
+            bos=bos,
+        )

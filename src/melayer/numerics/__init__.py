@@ -1,0 +1,1 @@
+"""Arrays only; no model is known here."""

@@ -1,0 +1,185 @@
+"""Scales for quantised activations: the maxima of every linear input over texts, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from melayer.data.rows import Row, batches
+from melayer.errors import InputError, OutputError
+from melayer.model import hooks
+from melayer.model.decoder import Decoder
+from melayer.model.forward import forward
+from melayer.numerics.grids import Format, scales
+from melayer.quantisation.linear_inputs import LinearInput, readers
+from melayer.runs.progress import Progress
+from melayer.version import __version__
+
+Granularity = Literal["per-tensor", "per-token", "per-channel"]
+"""per-tensor and per-channel: static, from calibration texts. per-token: from the token at hand."""
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+
+TENSORS, ABOUT = "scales.safetensors", "scales.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Maxima:
+    """The largest |x| of each channel of each linear input, [d] each, float32 on the host."""
+
+    whole: tuple[torch.Tensor, ...]
+    """Over all tokens."""
+    without: tuple[torch.Tensor, ...]
+    """Over those that are not left out."""
+
+    def scales(self, format: Format, granularity: Granularity, *, left_out: bool) -> tuple[torch.Tensor, ...] | None:
+        """The step size of each linear input, [] or [d]; None where each token has its own."""
+        if granularity == "per-token":
+            return None
+        found = self.without if left_out else self.whole
+        return tuple(scales(of.max() if granularity == "per-tensor" else of, format) for of in found)
+
+
+def maxima(
+    decoder: Decoder,
+    inputs: Sequence[LinearInput],
+    rows: Sequence[Row],
+    apart: torch.Tensor,
+    *,
+    max_batch_tokens: int,
+    progress: Progress | None = None,
+) -> Maxima:
+    """The maxima over sequences of one length, which run as they are under whatever is applied to the model.
+
+    Args:
+        decoder: The model's parts.
+        inputs: Which tensors.
+        rows: The sequences; `index` is their place in `apart`.
+        apart: [n_sequences, T] the tokens to leave out.
+        max_batch_tokens: Tokens in one forward pass.
+        progress: Called with the tokens done and the tokens in all.
+    """
+    found: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] = ({}, {})
+    done = 0
+    for batch in batches(rows, max_batch_tokens=max_batch_tokens):
+        out = apart[[row.index for row in batch.rows]].flatten()
+        last: list[torch.Tensor] = []
+
+        def see(place: int, x: torch.Tensor, out: torch.Tensor = out, last: list[torch.Tensor] = last) -> None:
+            if last and last[0] is x:  # seen at another map that reads it
+                return
+            last[:] = [x]
+            size = x.detach().reshape(-1, x.shape[-1]).abs()
+            for into, values in zip(found, (size, size.masked_fill(out.to(x.device)[:, None], 0)), strict=True):
+                largest = values.amax(dim=0).float()
+                into[place] = torch.maximum(into[place], largest) if place in into else largest
+
+        with hooks.watch(readers(inputs), see):
+            forward(decoder.model, batch)
+        done += sum(batch.lengths)
+        if progress is not None:
+            progress(done, sum(map(len, rows)))
+    whole, without = (tuple(of[place].cpu() for place in range(len(inputs))) for of in found)
+    return Maxima(whole, without)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScaleSet:
+    """Which scales: how they were calibrated, and for which grid."""
+
+    treatment: str
+    format: Format
+    granularity: Granularity
+
+    @property
+    def key(self) -> str:
+        """What their names in the file begin with."""
+        return f"{self.treatment}/{self.format}/{self.granularity}"
+
+
+def write_scales(
+    directory: str | Path,
+    inputs: Sequence[LinearInput],
+    sets: Mapping[ScaleSet, Sequence[torch.Tensor]],
+    about: Mapping[str, Any],
+) -> Path:
+    """Writes `scales.safetensors` and `scales.json`: for each set and linear map one step size, [] or [d].
+
+    Args:
+        directory: Made if it is missing.
+        inputs: The linear inputs.
+        sets: The scales of each set, in the order of `inputs`.
+        about: What else the JSON says.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
+    tensors = {
+        f"{of.key}/{name}": scale.clone()  # one for each map: a reader looks for its own
+        for of, found in sets.items()
+        for at, scale in zip(inputs, found, strict=True)
+        for name in at.names
+    }
+    values = {
+        "version": VERSION,
+        "melayer_version": __version__,
+        **about,
+        "sets": [{"key": of.key, "treatment": of.treatment, "format": of.format, "granularity": of.granularity}
+                 for of in sets],
+        "maps": [{"layer": at.layer, "name": name, "width": at.width} for at in inputs for name in at.names],
+    }  # fmt: skip
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".melayer-") as temporary:
+            save_file(tensors, Path(temporary) / TENSORS)
+            (Path(temporary) / ABOUT).write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+            for name in (TENSORS, ABOUT):
+                (Path(temporary) / name).replace(directory / name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"The scales cannot be written to {directory}: {reason}. Give another place.") from error
+    return directory / TENSORS
+
+
+def read_scales(
+    directory: str | Path, inputs: Sequence[LinearInput], of: ScaleSet, fingerprint: str
+) -> tuple[torch.Tensor, ...]:
+    """The scales of one set, in the order of `inputs`.
+
+    Args:
+        directory: What `write_scales` was given.
+        inputs: The model's linear inputs.
+        of: Which set.
+        fingerprint: Of the model's weights.
+
+    Raises:
+        InputError: There are none, they cannot be read, or they are of another model.
+    """
+    directory = Path(directory)
+    try:
+        about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
+        tensors = load_file(directory / TENSORS)
+        if about["model"]["fingerprint"] != fingerprint:
+            raise InputError(
+                f"The scales in {directory} are of weights with fingerprint {about['model']['fingerprint']}; these "
+                f"have {fingerprint}. Calibrate again with this model."
+            )
+        return tuple(tensors[f"{of.key}/{at.names[0]}"] for at in inputs)
+    except FileNotFoundError as error:
+        raise InputError(f"{directory} holds no {ABOUT} and {TENSORS}. Write them with quant-check --out.") from error
+    except KeyError as error:
+        raise InputError(f"The scales in {directory} have no {error}. Calibrate again with this setting.") from error
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InputError(f"The scales in {directory} cannot be read: {error}. Write them again.") from error

@@ -1,0 +1,147 @@
+"""What the linear maps of the blocks read: the tensors that are rounded where activations are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from melayer.errors import InputError
+from melayer.model.decoder import Decoder
+from melayer.model.hooks import Call, Point, edits_paused, measuring, record_calls
+
+
+@dataclass(frozen=True, eq=False)
+class LinearInput:
+    """One tensor that one or several linear maps of a block read (q, k and v read the same)."""
+
+    layer: int
+    paths: tuple[str, ...]
+    """Of the maps within the block, in the order in which they run."""
+    names: tuple[str, ...]
+    """Of the same in the model."""
+    modules: tuple[nn.Module, ...]
+    width: int
+
+    @property
+    def points(self) -> list[Point]:
+        """Where it is read."""
+        return [Point(module, "input") for module in self.modules]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearInputs:
+    """All of a model's, in the order in which they run."""
+
+    found: tuple[LinearInput, ...]
+    notes: tuple[str, ...]
+    """What is not among them."""
+
+
+def linear_inputs(decoder: Decoder) -> LinearInputs:
+    """What each `nn.Linear` (or `Conv1D`) of the blocks reads; the head and whatever lies outside of them is left out.
+
+    A few tokens run through the model: which maps read the very same tensor is seen, not guessed from names.
+
+    Raises:
+        InputError: The weights are quantised already, or an adapter is not merged.
+    """
+    _check_weights(decoder.model)
+    maps: dict[str, tuple[int, str, nn.Module]] = {}
+    in_lists = 0
+    of_module = {module: name for name, module in decoder.model.named_modules()}
+    for block in decoder.blocks:
+        lists = [path for path, module in block.module.named_modules() if isinstance(module, nn.ModuleList)]
+        for path, module in block.module.named_modules():
+            if not _is_linear(module):
+                continue
+            # One expert of many reads some tokens in an order of its own.
+            if any(path.startswith(f"{of}.") for of in lists):
+                in_lists += 1
+                continue
+            maps[of_module[module]] = (block.layer, path, module)
+    read: dict[str, torch.Tensor] = {}
+
+    def note(call: Call) -> None:
+        if call.read is not None:
+            read[call.name] = call.read
+
+    ids = _probe(decoder)
+    watched = [(name, module) for name, (_, _, module) in maps.items()]
+    with measuring(decoder.model), edits_paused(), record_calls(watched, note):
+        decoder.model(input_ids=ids, use_cache=False)
+    of_tensor: dict[int, list[str]] = {}  # all are held, so no two have the same id
+    for name, tensor in read.items():
+        if tensor.shape[:-1].numel() == ids.numel():
+            of_tensor.setdefault(id(tensor), []).append(name)
+    groups = list(of_tensor.values())
+    found = tuple(
+        LinearInput(
+            layer=maps[names[0]][0],
+            paths=tuple(maps[name][1] for name in names),
+            names=tuple(names),
+            modules=tuple(maps[name][2] for name in names),
+            width=read[names[0]].shape[-1],
+        )
+        for names in groups
+    )
+    if not found:
+        raise InputError(
+            f"{type(decoder.model).__name__} has no linear map in its blocks that reads every token, so there is "
+            "nothing to quantise."
+        )
+    return LinearInputs(found, tuple(_notes(decoder, len(maps) - sum(map(len, groups)) + in_lists)))
+
+
+def readers(inputs: Sequence[LinearInput]) -> Iterator[tuple[int, Point]]:
+    """Every point where one of them is read, with its place among them."""
+    for place, found in enumerate(inputs):
+        for point in found.points:
+            yield place, point
+
+
+def short(paths: Sequence[str]) -> str:
+    """`self_attn.q_proj, k_proj, v_proj`: the first path whole, of the others the last part."""
+    return ", ".join([paths[0], *(path.rpartition(".")[2] for path in paths[1:])])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # transformers' Conv1D (GPT-2) is a linear map and says so by its `nf` outputs.
+    return isinstance(module, nn.Linear) or (hasattr(module, "nf") and hasattr(module, "weight"))
+
+
+def _probe(decoder: Decoder) -> torch.Tensor:
+    weight: torch.Tensor = decoder.model.get_input_embeddings().weight
+    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
+    return torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % weight.shape[0]
+
+
+def _check_weights(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    packed = getattr(config, "quantization_config", None) is not None or getattr(model, "is_quantized", False)
+    weights = (getattr(module, "weight", None) for module in model.modules() if _is_linear(module))
+    if packed or any(isinstance(of, torch.Tensor) and not of.is_floating_point() for of in weights):
+        raise InputError(
+            "The weights of this model are quantised already, so what quantising its activations costs cannot be told "
+            "from what that cost. Give the checkpoint with whole weights."
+        )
+    if hasattr(model, "peft_config"):
+        raise InputError(
+            "An adapter is attached to this model, whose own maps would be rounded apart from the weights they belong "
+            "to. Merge it first: model.merge_and_unload()."
+        )
+
+
+def _notes(decoder: Decoder, apart: int) -> list[str]:
+    notes = []
+    experts = sum(block.ffn is not None and block.ffn.kind == "experts" for block in decoder.blocks)
+    if experts:
+        notes.append(
+            f"What the experts of {experts} blocks read is not rounded: each reads some of the tokens, in weights of "
+            "its own."
+        )
+    elif apart:
+        notes.append(f"{apart} linear maps of the blocks do not read every token, and what they read is not rounded.")
+    return notes

@@ -1,0 +1,80 @@
+"""A quantisation check at a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from melayer.presentation.tables import table
+from melayer.quantisation.result import Difference, QuantCheckResult, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def show_quant_check(result: QuantCheckResult, console: Console) -> None:
+    """Prints the answer, every setting on a line, what follows, and the worst sites."""
+    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
+    for note in result.notes:
+        console.print(escape(note), style="dim", highlight=False)
+    console.print(_settings(result))
+    if result.changes:
+        console.print(_changes(result))
+    console.print(_worst(result))
+    under = result.unquantised_mask
+    console.print(
+        f"Unquantised: {shown(result.unquantised.perplexity)}"
+        + ("" if under is None else f", under the mask {shown(under.perplexity)}")
+        + ". cost: mean log-loss against the unquantised model, in nats a token, with its "
+        f"{result.settings['level']:.0%} interval by sequence; each stands alone: of twenty one leaves out 0 by "
+        "chance. error: median over the linear inputs of the relative error of ordinary tokens. Rounded is what the "
+        "linear maps of the blocks read; the head, the weights, keys and values are not. "
+        f"{escape(result.model.name)}, {result.model.dtype}, fingerprint {result.model.fingerprint}. "
+        "Blocks are 0-based.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _settings(result: QuantCheckResult) -> Table:
+    columns = [("format", False), ("scales", False), ("treatment", False), ("perplexity", True), ("cost", True)]
+    columns += [("interval", True), ("error", True)]
+    rows = [
+        [
+            row.format,
+            row.granularity,
+            row.treatment,
+            shown(row.score.perplexity),
+            "-" if row.cost is None else f"{row.cost.value:+.3f}",
+            _ends(row.cost),
+            "-" if row.median_error is None else f"{row.median_error:.1%}",
+        ]
+        for row in result.rows
+    ]
+    title = f"Quantised activations, T = {result.T}, {result.n_sequences} sequences"
+    return table(title, columns, rows)
+
+
+def _changes(result: QuantCheckResult) -> Table:
+    columns = [("format", False), ("scales", False), ("what", False), ("nats a token", True), ("interval", True)]
+    rows = [
+        [change.format, change.granularity, change.what, f"{change.by.value:+.3f}", _ends(change.by), change.verdict]
+        for change in result.changes
+    ]
+    return table("What baking and the mask change (below 0: given back)", [*columns, ("", False)], rows)
+
+
+def _worst(result: QuantCheckResult) -> Table:
+    def lines() -> Iterable[list[str]]:
+        for row in result.rows:
+            for at, error in result.worst(row, 1):
+                yield [row.label, at.label, f"{error:.1%}"]
+
+    return table("Worst linear inputs", [("setting", False), ("input", False), ("error", True)], lines())
+
+
+def _ends(found: Difference | None) -> str:
+    return "-" if found is None or found.low is None else f"{found.low:+.3f} {found.high:+.3f}"

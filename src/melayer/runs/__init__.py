@@ -1,0 +1,1 @@
+"""What long work needs: files that appear whole, logs to go on from, processes, progress."""

@@ -1,0 +1,1 @@
+"""Answers with and without the mask, side by side."""

@@ -1,0 +1,1 @@
+"""Masks of every size compared."""

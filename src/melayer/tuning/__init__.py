@@ -1,0 +1,1 @@
+"""Training with the mask in the forward pass."""

@@ -1,0 +1,283 @@
+"""From a file or a hub id to rows that a trainer takes: texts, answers, chats, preference pairs, problems."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from melayer.errors import InputError
+from melayer.tuning.rows import Method, Row, Shape
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_KINDS = {"jsonl": "json", "json": "json", "parquet": "parquet", "csv": "csv"}
+_NAMES: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation", "chat"),
+    "prompt": ("prompt", "question", "instruction", "problem", "query"),
+    "response": ("completion", "response", "answer", "output", "solution"),
+    "text": ("text",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "answer": ("answer", "gold", "solution", "target"),
+}
+# What each method can be given, in the order in which it is looked for; an optional column has a question mark.
+_FORMS: dict[Method, tuple[tuple[str, ...], ...]] = {
+    "sft": (("messages",), ("prompt", "response"), ("text",)),
+    "dpo": (("prompt?", "chosen", "rejected"),),
+    "grpo": (("prompt", "answer"),),
+}
+GRPO_INSTRUCTION = "Think step by step. End with the final answer on a line of its own, after ####."
+"""What a GRPO prompt ends with unless it is told otherwise: what the format reward looks for."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of the data plays which part."""
+
+    by_role: Mapping[str, str]
+
+    @classmethod
+    def find(cls, method: Method, present: Sequence[str], named: Mapping[str, str], source: str) -> Columns:
+        """The named columns, and for the rest of a form those that have one of the usual names.
+
+        Raises:
+            InputError: A named column is not there, or no form is complete; the message lists the columns.
+        """
+        has = f"{source} has the columns {', '.join(present) or '(none)'}"
+        roles = {role.rstrip("?") for form in _FORMS[method] for role in form}
+        for role, column in named.items():
+            if role not in roles:
+                raise InputError(f"--columns names {role!r}; for {method} expected some of {', '.join(sorted(roles))}.")
+            if column not in present:
+                raise InputError(f"--columns says {role}={column}, but {has}.")
+        for form in _FORMS[method]:
+            wanted = [role.rstrip("?") for role in form]
+            if not set(named) <= set(wanted):
+                continue
+            found = {}
+            for role in wanted:
+                if role in named:
+                    found[role] = named[role]
+                    continue
+                candidates = [name for name in _NAMES[role] if name in present and name not in found.values()]
+                if len(candidates) > 1:
+                    raise InputError(
+                        f"{has}, and {' or '.join(candidates)} may be the {role}. Say which: "
+                        f"--columns {role}={candidates[0]}."
+                    )
+                if candidates:
+                    found[role] = candidates[0]
+            if all(role in found or f"{role}?" in form for role in wanted):
+                return cls(found)
+        forms = " or ".join("+".join(role.rstrip("?") for role in form if "?" not in role) for form in _FORMS[method])
+        example = ",".join(f"{role.rstrip('?')}=COLUMN" for role in _FORMS[method][-1] if "?" not in role)
+        raise InputError(f"{has}, but {method} needs {forms}. Say which they are: --columns {example}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Rows in the shape that the method's trainer takes, and what was left out on the way."""
+
+    method: Method
+    rows: Dataset
+    validation: Dataset | None
+    source: str
+    columns: Mapping[str, str]
+    sha256: str
+    """Of the rows, so that a run that goes on can tell whether the data are the same."""
+    chat: bool
+    assistant_only: bool
+    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a run records of its data."""
+        return {
+            "source": self.source,
+            "columns": dict(self.columns),
+            "rows": len(self.rows),
+            "validation_rows": 0 if self.validation is None else len(self.validation),
+            "left_out": dict(self.left_out),
+            "sha256": self.sha256,
+            "chat": self.chat,
+            "assistant_only": self.assistant_only,
+        }
+
+
+def read(source: str, *, split: str = "train") -> Dataset:
+    """The rows of a .jsonl, .json, .parquet or .csv file (also .gz), or of a data set on the hub.
+
+    Raises:
+        InputError: There is none, it cannot be read, or it has no row.
+    """
+    from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from pyarrow import ArrowException
+
+    path = Path(source).expanduser()
+    kind = _KINDS.get(path.name.removesuffix(".gz").rpartition(".")[2].lower())
+    local = path.exists()
+    if not local and (kind is not None or source.startswith((".", "/", "~"))):
+        raise InputError(f"There is no file {source}. Give a file with training rows, or a data set on the hub.")
+    if local and (kind is None or path.is_dir()):
+        raise InputError(f"{source} is not a file of rows; expected .jsonl, .json, .parquet or .csv, also with .gz.")
+    if local and path.stat().st_size == 0:
+        raise InputError(f"{source} is empty. Give a file with at least one row.")
+    try:
+        if local:
+            assert kind is not None
+            found = load_dataset(kind, data_files=str(path), split="train")
+        else:
+            found = load_dataset(source, split=split)
+    except (DatasetGenerationError, DatasetNotFoundError, ArrowException, OSError, ValueError) as error:
+        cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        what = "cannot be read" if local else "is not a file here, and cannot be had from the hub"
+        raise InputError(f"{source} {what}: {cause[0]}") from error
+    assert isinstance(found, Dataset)
+    if not len(found):
+        raise InputError(f"{source} has no row. Give data with at least one.")
+    return found
+
+
+def prepare(
+    method: Method,
+    data: str | Path | Dataset | Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    columns: Mapping[str, str] | None = None,
+    validation: float | str | Path | Dataset | Sequence[Row] | None = None,
+    limit: int | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    instruction: str | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> Prepared:
+    """The rows in the shape that the method's trainer takes.
+
+    A prompt that is a string becomes a user's turn, and its answer the assistant's, where the tokenizer has a chat
+    template. Rows with an empty part, and rows that are longer than `max_length`, are left out, counted and said:
+    nothing is cut.
+
+    Args:
+        method: Whose rows.
+        data: A file, a hub id, a `datasets.Dataset`, or a list of dicts.
+        tokenizer: The model's.
+        columns: Which column plays which part, as {"prompt": "question"}; the rest is found by the usual names.
+        validation: A share of the rows, drawn with `seed`; or other rows, given as `data` is.
+        limit: Take only the first rows.
+        chat: Whether strings are put into the chat template; None: where there is one.
+        system: A system prompt for prompts that are strings.
+        instruction: For GRPO, what is added to each prompt; None: GRPO_INSTRUCTION, "" for nothing.
+        max_length: Tokens of a row at most; for GRPO, of a prompt. None: any length.
+        seed: Of the draw of validation rows.
+
+    Raises:
+        InputError: Columns are missing, rows are malformed, or none is left.
+    """
+    templated = bool(tokenizer.chat_template) if chat is None else chat
+    if (templated or system is not None) and not tokenizer.chat_template:
+        raise InputError("This tokenizer has no chat template. Leave chat and the system prompt out.")
+    if system is not None and not templated:
+        raise InputError("A system prompt was given, but the prompts are not put into the chat template. Allow it.")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; expected at least 1.")
+    shape = Shape(method, tokenizer, templated, system, GRPO_INSTRUCTION if instruction is None else instruction)
+    kept = _shaped(shape, data, columns or {}, limit, max_length)
+    other: Dataset | None = None
+    if isinstance(validation, (int, float)):
+        if not 0 < validation < 1 or len(kept.rows) < 2:
+            raise InputError(
+                f"validation is {validation:g} of {len(kept.rows)} rows; expected a share between 0 and 1 of at least "
+                "two rows, or a file."
+            )
+        parts = kept.rows.train_test_split(test_size=max(1, round(validation * len(kept.rows))), seed=seed)
+        kept.rows, other = parts["train"], parts["test"]
+    elif validation is not None:
+        held = _shaped(shape, validation, columns or {}, None, max_length)
+        kept.notes += [f"Validation: {note}" for note in held.notes]
+        other = held.rows
+    return Prepared(
+        method=method,
+        rows=kept.rows,
+        validation=other,
+        source=kept.source,
+        columns=kept.columns,
+        sha256=_digest([kept.rows] if other is None else [kept.rows, other]),
+        chat=templated,
+        assistant_only="messages" in kept.rows.column_names,
+        notes=tuple(dict.fromkeys([*shape.notes, *kept.notes])),
+        left_out=kept.left_out,
+    )
+
+
+# --- all rows -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Kept:
+    rows: Any
+    source: str
+    columns: Mapping[str, str]
+    notes: list[str]
+    left_out: dict[str, int]
+
+
+def _shaped(shape: Shape, data: Any, named: Mapping[str, str], limit: int | None, max_length: int | None) -> _Kept:
+    from datasets import Dataset
+
+    if isinstance(data, (str, Path)):
+        source, rows = str(data), read(str(data))
+    elif isinstance(data, Dataset):
+        source, rows = "the data", data
+    else:
+        source, rows = "the data", Dataset.from_list([dict(row) for row in data])
+    if not len(rows):
+        raise InputError(f"{source} has no row. Give at least one.")
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    columns = Columns.find(shape.method, rows.column_names, named, source).by_role
+    empty: list[int] = []
+    long: list[int] = []
+    kept: list[Row] = []
+    for number, row in enumerate(rows.select_columns(list(dict.fromkeys(columns.values())))):
+        try:
+            shaped = shape.row(row, columns)
+        except ValueError as error:
+            raise InputError(f"Row {number} of {source} (counted from 0) is malformed: {error}.") from error
+        if shaped is None:
+            empty.append(number)
+        elif max_length is not None and shape.n_tokens(shaped) > max_length:
+            long.append(number)
+        else:
+            kept.append(shaped)
+    blank = "empty" if shape.method != "grpo" else "empty, or have no answer that can be checked,"
+    said = [
+        _left_out(empty, len(rows), f"are {blank}" if shape.method == "grpo" else "have an empty part"),
+        _left_out(long, len(rows), f"have more than max_length = {max_length} tokens"),
+    ]
+    notes = [note for note in said if note]
+    if not kept:
+        raise InputError(f"No row of {source} is left to train on. {' '.join(notes)}")
+    return _Kept(Dataset.from_list(kept), source, columns, notes, {"empty": len(empty), "too_long": len(long)})
+
+
+def _left_out(places: list[int], of: int, why: str) -> str:
+    if not places:
+        return ""
+    return f"{len(places)} of {of} rows {why} (the first is row {places[0]}, counted from 0) and are left out."
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        for row in part:
+            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+        digest.update(b"\n\n")
+    return digest.hexdigest()

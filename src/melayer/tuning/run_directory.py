@@ -1,0 +1,122 @@
+"""The directory of a training run: what it says of itself, its log, and whether a run may go on there."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from melayer.errors import InputError, OutputError
+from melayer.runs import jsonl
+from melayer.tuning import checkpoints
+from melayer.version import __version__
+
+FILE = "melayer_tune.json"
+"""What a run says of itself: written when it begins, and whole when it is finished."""
+LOG = "log.jsonl"
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """Each whole line of a run's log; none where there is no log."""
+    return [json.loads(line) for line in jsonl.whole_lines(out / LOG)]
+
+
+def opened(out: Path, settings: dict[str, Any], *, resume: bool) -> tuple[int, Path] | None:
+    """The checkpoint to go on from, if any; nothing is changed yet.
+
+    Raises:
+        InputError: The directory holds another run, or there is nothing to go on from.
+        OutputError: It cannot be written.
+    """
+    path = out / FILE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OutputError(f"Nothing can be written to {out}: {error.strerror}. Give another directory.") from error
+    there = None
+    if path.exists():
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {error}. Give another directory.") from error
+    if not resume:
+        _check_new(out, there)
+        return None
+    if there is None:
+        raise InputError(f"There is no run in {out} to go on with. Leave resume (--resume) out.")
+    if there.get("status") == "finished":
+        raise InputError(f"The run in {out} is finished. Load it with melayer.load({str(out)!r}).")
+    differing = _differing(there["settings"], settings)
+    if differing:
+        raise InputError(
+            f"The run in {out} was started with other settings: {', '.join(differing)}. Go on with the same, or begin "
+            "a new run in another directory."
+        )
+    found = checkpoints.last(out)
+    if found is not None and not (found[1] / "scheduler.pt").exists():
+        raise InputError(f"{found[1]} holds weights only (save_only_model), so the run cannot go on from it exactly.")
+    return found
+
+
+def begin(out: Path, settings: dict[str, Any], checkpoint: tuple[int, Path] | None, *, resume: bool) -> None:
+    """Writes down what a new run is, or forgets what one that goes on will log again."""
+    if not resume:
+        record(out, {"melayer_version": __version__, "status": "running", "settings": settings})
+        return
+    step = 0 if checkpoint is None else checkpoint[0]
+    kept = [line for line in read_log(out) if line["step"] <= step and checkpoint is not None]
+    with jsonl.keeping("log", out / LOG):
+        jsonl.replace(out / LOG, kept)
+
+
+def _check_new(out: Path, there: Any) -> None:
+    if there is not None:
+        how = "and finished" if there.get("status") == "finished" else "that was stopped; go on with --resume"
+        raise InputError(f"{out} holds a run already, {how}. Give another directory with --out.")
+    if (out / "config.json").exists() or (out / "adapter_config.json").exists():
+        raise InputError(f"{out} holds a model. Give another directory with --out.")
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], under: str = "") -> list[str]:
+    """The settings that are not the same, by their names."""
+    now = json.loads(json.dumps(now))
+    found = []
+    for key in sorted({*before, *now}):
+        left, right = before.get(key), now.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += _differing(left, right, f"{under}{key}.")
+        elif left != right:
+            found.append(
+                f"{under}{key}" if isinstance(left or right, (dict, list)) else f"{under}{key} {left} → {right}"
+            )
+    return found
+
+
+def record(out: Path, values: dict[str, Any]) -> None:
+    """Writes what a run says of itself, whole or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=out, prefix=".melayer-") as temporary:
+            written = Path(temporary) / FILE
+            written.write_text(json.dumps(plain(values), ensure_ascii=False, indent=1), encoding="utf-8")
+            written.replace(out / FILE)
+    except OSError as error:
+        raise OutputError(f"The run cannot be recorded in {out}: {error.strerror}. Make room there.") from error
+
+
+def plain(values: Any) -> Any:
+    """Values that JSON can hold; sets, which adapters' configs have, in order."""
+    if isinstance(values, Mapping):
+        return {str(key): plain(value) for key, value in values.items()}
+    if isinstance(values, (set, frozenset)):
+        return sorted(map(plain, values))
+    if isinstance(values, (list, tuple)):
+        return [plain(value) for value in values]
+    return values if isinstance(values, (str, int, float, bool, type(None))) else str(values)

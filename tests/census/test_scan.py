@@ -1,0 +1,568 @@
+"""A scan's figures do not depend on batches, processes or interruptions, and are those of the stored activations."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import melayer
+import toys
+from melayer.census import state as scan_state
+from melayer.census.observe import SITES
+from melayer.census.scan import scan
+from melayer.data.corpus import Corpus
+from melayer.data.rows import batches
+from melayer.errors import InputError, OutputError, ProcessError
+from melayer.model import wiring
+from melayer.runs.processes import Group
+from observed import check, stored
+
+PLANTED = [(3, 7, 3000.0)]
+COUNT = 40
+
+
+def texts(count: int = COUNT) -> list[str]:
+    """Of 1 to 50 words, every third with the massive token first, every fifth with it later."""
+    found = []
+    for index in range(count):
+        length = 1 + (index * 7) % 50
+        at = 0 if index % 3 == 0 else length - 1 if index % 5 == 0 else None
+        found.append(toys.text(length, x_at=at, seed=index))
+    return found
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    lines = [json.dumps({"text": text, "kind": "even" if i % 2 == 0 else "odd"}) for i, text in enumerate(texts())]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toys.plant(toys.make("llama"), PLANTED)
+
+
+def run(model, corpus, tokenizer=None, **options):
+    return scan(model, tokenizer or toys.tokenizer(), corpus, max_tokens=16, **options)
+
+
+def exactly(result) -> dict:
+    """What must be the same whatever the batches: counts and places, and what floats allow beside them."""
+    total = result.to_dict()["total"]
+    return {key: total[key] for key in ("documents", "sequences", "voting", "tokens", "me_layer", "holding",
+                                        "n_massive", "massive", "n_massive_first", "n_massive_delimiters",
+                                        "n_massive_words")}  # fmt: skip
+
+
+def same(left, right, rtol=1e-5) -> None:
+    assert exactly(left) == exactly(right)
+    for mine, other in zip(left.total.places, right.total.places, strict=True):
+        assert (mine.site, mine.layer, mine.n_values, mine.beyond_fp16) == (
+            other.site, other.layer, other.n_values, other.beyond_fp16,
+        )  # fmt: skip
+        assert mine.max_abs == pytest.approx(other.max_abs, rel=rtol)
+        assert mine.variance == pytest.approx(other.variance, rel=rtol)
+        assert mine.kurtosis == pytest.approx(other.kurtosis, rel=rtol)
+        assert mine.mean == pytest.approx(other.mean, abs=rtol * mine.variance**0.5)
+        for share, value in mine.quantiles.items():
+            assert value == pytest.approx(other.quantiles[share], rel=0.02)
+        assert mine.interval == pytest.approx(other.interval, rel=0.02)
+    for mine, other in zip(left.total.losses, right.total.losses, strict=True):
+        assert mine.error == pytest.approx(other.error, rel=1e-3)
+
+
+def test_figures_are_those_of_the_stored_activations(model, corpus):
+    """One sequence a batch, each stored whole and summed up in the plainest way."""
+    result = run(model, corpus, max_batch_tokens=1)
+    decoder = wiring.read(model)
+    tokenizer = toys.tokenizer()
+    values: dict = {place: [] for place in result.total.census.places}
+    n_sequences = n_tokens = 0
+    holding = np.zeros(8, int)
+    for text in texts():
+        ids = tokenizer(text)["input_ids"]
+        for start in range(0, len(ids), 16):
+            row = melayer.inputs.Row(0, "", tuple(ids[start : start + 16]), (), 0, False)
+            (given,) = batches([row])
+            found, activations = stored(decoder, given, result.total.census.places)
+            check(found, activations, given)
+            n_sequences, n_tokens = n_sequences + 1, n_tokens + len(row)
+            for place, x in activations.items():
+                values[place].append(x[0].double().numpy())
+            if len(row) >= 8:
+                for layer in range(8):
+                    h = activations["block_out", layer][0].abs()
+                    holding[layer] += bool(((h > 100) & (h > 1000 * h.flatten().median())).any())
+    assert (result.total.sequences, result.total.tokens) == (n_sequences, n_tokens)
+    assert list(result.total.holding) == holding.tolist()
+    for row in result.total.places:
+        flat = np.concatenate(values[row.site, row.layer])
+        assert row.max_abs == np.abs(flat).max()
+        assert row.n_values == flat.size
+        assert row.variance == pytest.approx(flat.var(), rel=1e-5)
+        central = flat - flat.mean()
+        assert row.kurtosis == pytest.approx((central**4).mean() / flat.var() ** 2, rel=1e-5)
+        size = np.sort(np.abs(flat).ravel())
+        for share, value in row.quantiles.items():
+            exact = size[max(int(np.ceil(float(share) * size.size)) - 1, 0)]
+            assert value == pytest.approx(exact, rel=0.01)
+        by_dim = np.abs(flat).max(axis=0)
+        assert [value for _, value in row.top_dims] == np.sort(by_dim)[::-1][:5].tolist()
+        assert all(by_dim[dim] == value for dim, value in row.top_dims)
+
+
+def test_the_planted_activation_is_found(model, corpus):
+    result = run(model, corpus)
+    row = next(row for row in result.total.places if (row.site, row.layer) == ("block_out", 3))
+    assert (row.dim, row.token) == (7, "X")
+    assert row.max_abs == pytest.approx(3000, rel=0.1)
+    holders = [text for text in texts() if "X" in text.split()]
+    assert result.total.n_massive_first + result.total.n_massive_words == len(holders)
+    assert result.total.n_massive_first == sum(text.split()[0] == "X" for text in holders)
+    assert [token.token for token in result.total.massive] == ["X"]
+    assert result.total.n_massive[:3] == (0, 0, 0)
+    assert result.total.documents == COUNT
+
+
+def test_nothing_massive_is_a_result(corpus):
+    result = run(toys.make("llama"), corpus)
+    assert result.total.me_layer is None
+    assert result.total.massive == ()
+    assert "there is no ME layer; nothing would overflow float16" in result.sentence
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox", "mixtral", "gpt_oss", "qwen3_5"])
+def test_other_families(family, corpus):
+    result = scan(toys.plant(toys.make(family), PLANTED), toys.tokenizer(), corpus, limit=6, formats=["int8"])
+    row = next(row for row in result.total.places if (row.site, row.layer) == ("block_out", 3))
+    assert (row.dim, row.token) == (7, "X")
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 40, 10_000])
+def test_the_size_of_a_batch_changes_nothing(model, corpus, max_batch_tokens):
+    mask = melayer.WeMask(rate=0.5, layers=range(4, 8))
+    options = {"formats": ["int8", "fp8"], "mask": mask}
+    same(run(model, corpus, **options), run(model, corpus, max_batch_tokens=max_batch_tokens, **options))
+
+
+def test_the_order_of_the_documents_changes_nothing(model, corpus, tmp_path):
+    lines = Path(corpus).read_text().splitlines()
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines[::-1]))
+    forward, backward = run(model, corpus), run(model, str(tmp_path / "corpus.jsonl"))
+    same(forward, backward)
+
+
+def test_categories_are_kept_apart_and_add_up(model, corpus, tmp_path):
+    result = run(model, Corpus(corpus, category="kind"))
+    assert [part.name for part in result.categories] == ["even", "odd"]
+    for part in result.categories:
+        lines = [line for line in Path(corpus).read_text().splitlines() if json.loads(line)["kind"] == part.name]
+        (tmp_path / "part.jsonl").write_text("\n".join(lines))
+        alone = run(model, str(tmp_path / "part.jsonl")).total
+        assert (part.tokens, part.n_massive, part.holding) == (alone.tokens, alone.n_massive, alone.holding)
+        for mine, other in zip(part.places, alone.places, strict=True):
+            assert mine.max_abs == pytest.approx(other.max_abs, rel=1e-5)
+    same(result, run(model, corpus))
+
+
+def test_the_model_is_as_it_was(model, corpus, monkeypatch):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    mask = melayer.WeMask(rate=0.5, layers=range(4, 8))
+    run(model, corpus, formats=["int8"], mask=mask, limit=5)
+    monkeypatch.setattr(sys.modules["melayer.scan"], "reconstruct", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(model, corpus, formats=["int8"], mask=mask, limit=5)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_long_documents_are_cut_or_truncated(model, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(f"{toys.text(40, x_at=0)}\n{toys.text(3, x_at=None)}\n")
+    whole = run(model, str(path))
+    assert (whole.total.documents, whole.total.sequences, whole.total.tokens) == (2, 4, 43)
+    cut = run(model, str(path), truncate=True)
+    assert (cut.total.documents, cut.total.sequences, cut.total.tokens) == (2, 2, 19)
+    bos = run(model, str(path), bos=True)
+    # Each of the 40-token document's windows begins with BOS, so that there are 15 tokens of its own in each.
+    assert (bos.total.sequences, bos.total.tokens) == (4, 43 + 4)
+    assert bos.total.census.seen[1].tolist() == [4, 0]
+
+
+def test_under_a_mask_the_first_token_alone_changes(model, corpus):
+    """The mask acts on what attention reads: its effect is in attn_in of the masked blocks, the plain pass is plain."""
+    mask = melayer.WeMask(rate=1.0, layers=range(4, 8))
+    result = run(model, corpus, formats=["int8"], mask=mask)
+    plain = run(model, corpus, formats=["int8"])
+    by_key = {(loss.site, loss.layer, loss.kind): loss.error for loss in plain.total.losses}
+    changed = set()
+    for loss in result.total.losses:
+        if loss.variant == "plain":
+            assert loss.error == by_key[loss.site, loss.layer, loss.kind]
+        elif abs(loss.error - by_key[loss.site, loss.layer, loss.kind]) > 1e-6:
+            changed.add(loss.layer)
+    assert min(changed) >= 4
+
+
+# --- interrupted ---------------------------------------------------------------------------------------------------
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 7, 20])
+def test_stopped_and_started_again_it_ends_with_the_same(model, corpus, tmp_path, after):
+    calls = 0
+
+    def stop(done, total, note):
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise StopError
+
+    options = {"formats": ["int8"], "max_batch_tokens": 16, "store": tmp_path, "checkpoint_seconds": 0}
+    with pytest.raises(StopError):
+        run(model, corpus, progress=stop, **options)
+    again = run(model, corpus, **options)
+    same(run(model, corpus, formats=["int8"]), again)
+    # A third run has nothing left to do.
+    seen = []
+    same(again, run(model, corpus, progress=lambda *given: seen.append(given), **options))
+    assert seen == []
+
+
+def test_what_is_left_out_is_counted_once_however_often_it_is_stopped(model, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": texts(12)}), path, row_group_size=4, compression="none")
+    content = bytearray(path.read_bytes())
+    group = parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    start = group.dictionary_page_offset or group.data_page_offset
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    for after in range(1, 16):
+        calls = []
+
+        def stop(*given, calls=calls, after=after):
+            calls.append(given)
+            if len(calls) == after:
+                raise StopError
+
+        options = {"max_batch_tokens": 1, "checkpoint_seconds": 0, "store": tmp_path / str(after)}
+        with pytest.raises(StopError):
+            run(model, str(path), progress=stop, **options)
+        result = run(model, str(path), **options)
+        assert (result.total.documents, result.n_left_out) == (8, 4), after
+        assert [found.index for found in result.left_out] == [4, 5, 6, 7]
+
+
+def test_a_store_of_other_settings_is_refused(model, corpus, tmp_path):
+    run(model, corpus, store=tmp_path, limit=3)
+    with pytest.raises(
+        InputError, match=r"holds a scan with other settings: bos \(None, now True\), limit \(3, now 4\)"
+    ):
+        run(model, corpus, store=tmp_path, limit=4, bos=True)
+    with pytest.raises(InputError, match=r"other settings: model"):
+        run(toys.make("llama", seed=1), corpus, store=tmp_path, limit=3)
+    scan_state.path_of(tmp_path, 0).write_bytes(b"PK nothing")
+    with pytest.raises(InputError, match=r"scan.0.state cannot be read as a scan's state"):
+        run(model, corpus, store=tmp_path, limit=3)
+
+
+def test_a_store_that_cannot_be_made_is_said(model, corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"The scan cannot be kept in .*file: File exists"):
+        run(model, corpus, store=tmp_path / "file", limit=3)
+
+
+def test_a_full_disk_leaves_what_was_kept(model, corpus, tmp_path, monkeypatch):
+    run(model, corpus, store=tmp_path, limit=3)
+    kept = scan_state.path_of(tmp_path, 0).read_bytes()
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        OutputError, match=r"cannot be kept in .*: No space left on device. What was kept before stands"
+    ):
+        run(model, corpus, store=tmp_path, limit=3)
+    assert scan_state.path_of(tmp_path, 0).read_bytes() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.0.state"]
+
+
+# --- many processes ------------------------------------------------------------------------------------------------
+
+
+def launched(python, toy_directory, corpus, out, size, *more):
+    command = [python[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    command += ["-m", "melayer", "scan", str(toy_directory), "--data", corpus, "--max-tokens", "16", "--out", str(out)]
+    environment = {**python[1], "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_share_the_documents(python, toy_directory, corpus, tmp_path, size):
+    done = launched(python, toy_directory, corpus, tmp_path, size, "--formats", "int8", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    loaded = melayer.load(str(toy_directory))
+    alone = json.loads(json.dumps(run(loaded.model, corpus, loaded.tokenizer, formats=["int8"]).to_dict()))
+    assert found["n_processes"] == size
+    for key in ("documents", "sequences", "voting", "tokens", "holding", "n_massive", "massive"):
+        assert found["total"][key] == alone["total"][key]
+    for mine, other in zip(found["total"]["places"], alone["total"]["places"], strict=True):
+        assert mine["n_values"] == other["n_values"]
+        for key in ("max_abs", "variance", "kurtosis"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-5), (mine["site"], key)
+    assert sorted(path.name for path in tmp_path.glob("scan.*")) == [f"scan.{rank}.state" for rank in range(size)]
+    # What two or four processes have kept is enough for one.
+    seen = []
+    settings = {"formats": ["int8"], "store": tmp_path, "name": found["model"]["name"]}
+    result = run(loaded.model, corpus, loaded.tokenizer, progress=lambda *given: seen.append(given), **settings)
+    assert seen == []
+    assert json.loads(json.dumps(exactly(result))) == {key: alone["total"][key] for key in exactly(result)}
+    assert [path.name for path in tmp_path.glob("scan.*")] == ["scan.0.state"]
+
+
+def test_what_was_taken_over_is_not_counted_twice(model, corpus, tmp_path):
+    """Stopped after the first process has taken over what another kept, and before that was removed."""
+    whole = run(model, corpus, store=tmp_path)
+    state = scan_state.path_of(tmp_path, 0).read_bytes()
+    scan_state.path_of(tmp_path, 1).write_bytes(state)
+    assert exactly(run(model, corpus, store=tmp_path)) == exactly(whole)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_merging_in_pairs_reaches_the_first(size):
+    """Each process' part of the tree, run in threads over queues in place of a network."""
+    import queue
+    import threading
+
+    wires = {(a, b): queue.Queue() for a in range(size) for b in range(size)}
+
+    class Wired(Group):
+        def _send(self, value, to):
+            wires[self.rank, to].put(value)
+
+        def _receive(self, source):
+            return wires[source, self.rank].get(timeout=10)
+
+    found = {}
+    threads = [
+        threading.Thread(target=lambda r=rank: found.update({r: Wired(r, size).reduced(b"%d" % r, lambda a, b: a + b)}))
+        for rank in range(size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found[0]) == sorted(b"".join(b"%d" % rank for rank in range(size)))
+    assert all(found[rank] is None for rank in range(1, size))
+
+
+def test_a_process_that_has_died_is_named(monkeypatch):
+    def gone(*given, **options):
+        raise RuntimeError("[gloo] Connection closed by peer\nand more")
+
+    monkeypatch.setattr(torch.distributed, "recv", gone)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    with pytest.raises(
+        ProcessError, match=r"Process 1 of 2 processes \(counted from 0\) no longer answers: .*Connection closed"
+    ):
+        Group(0, 2).reduced(b"", lambda a, b: a)
+
+
+def alone_in_a_group(python, toy_directory, corpus, out, rank, port, *more):
+    """One of two processes, started without a launcher that would end it when the other dies."""
+    environment = {
+        **python[1], "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }  # fmt: skip
+    command = [python[0], "-m", "melayer", "scan", str(toy_directory), "--data", corpus, "--max-tokens", "16"]
+    command += ["--out", str(out), "--checkpoint-seconds", "0", *more]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_when_a_worker_dies_the_others_say_so_and_what_was_kept_stands(python, toy_directory, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(texts(60) * 500))
+    out = tmp_path / "out"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [alone_in_a_group(python, toy_directory, str(path), out, rank, port) for rank in (0, 1)]
+    try:
+        waiting = time.monotonic()
+        while not all(scan_state.path_of(out, rank).exists() for rank in (0, 1)):
+            assert time.monotonic() - waiting < 120
+            assert [worker.poll() for worker in workers] == [None, None]
+            time.sleep(0.05)
+        workers[1].send_signal(signal.SIGKILL)
+        _, said = workers[0].communicate(timeout=300)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    assert workers[0].returncode == 2, said
+    assert "melayer: Process 1 of 2 processes (counted from 0) no longer answers: it has died" in " ".join(said.split())
+    for rank in (0, 1):
+        assert scan_state.State.from_bytes(scan_state.path_of(out, rank).read_bytes()).shares
+
+
+def test_ended_by_its_launcher_it_says_what_stands(python, toy_directory, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(texts(60) * 500))
+    out = tmp_path / "out"
+    command = [python[0], "-m", "melayer", "scan", str(toy_directory), "--data", str(path), "--max-tokens", "16"]
+    command += ["--out", str(out), "--checkpoint-seconds", "0"]
+    worker = subprocess.Popen(command, env=python[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (scan_state.path_of(out, 0).exists() and
+                   scan_state.State.from_bytes(scan_state.path_of(out, 0).read_bytes()).shares):  # fmt: skip
+            assert worker.poll() is None
+            time.sleep(0.05)
+        worker.send_signal(signal.SIGTERM)
+        _, said = worker.communicate(timeout=60)
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert worker.returncode == 2, said
+    assert f"Stopped by SIGTERM, as launchers send it when another process has died: what was kept in {out} stands" in (
+        " ".join(said.split())
+    )
+
+
+def test_killed_while_it_measures_and_while_it_writes(python, toy_directory, tmp_path):
+    path = tmp_path / "some.txt"
+    path.write_text("\n".join(texts(60) * 60))
+    out = tmp_path / "out"
+    command = [python[0], "-m", "melayer", "scan", str(toy_directory), "--data", str(path), "--max-tokens", "16"]
+    command += ["--sites", "block_out,ffn_act", "--max-batch-tokens", "64", "--checkpoint-seconds", "0", "--json"]
+    environment = {**python[1], "OMP_NUM_THREADS": "1"}
+    for _ in range(3):
+        kept = scan_state.path_of(out, 0).read_bytes() if scan_state.path_of(out, 0).exists() else b""
+        worker = subprocess.Popen([*command, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL)
+        while worker.poll() is None:
+            # As soon as anything new is on its way to the disk, or is there.
+            if list(out.glob(".scan*")) or (scan_state.path_of(out, 0).exists()
+                                             and scan_state.path_of(out, 0).read_bytes() != kept):  # fmt: skip
+                worker.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        worker.wait()
+    done = subprocess.run([*command, "--out", str(out)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = melayer.load(str(toy_directory))
+    alone = run(loaded.model, str(path), loaded.tokenizer, sites=["block_out", "ffn_act"])
+    total = json.loads(done.stdout)["total"]
+    assert {key: total[key] for key in exactly(alone)} == json.loads(json.dumps(exactly(alone)))
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_bad_documents_are_counted_named_and_skipped(model, tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = [json.dumps({"text": text}) for text in texts(6)]
+    path.write_text("\n".join([good[0], "{", *good[1:3], json.dumps({"text": 5}), *good[3:]]))
+    result = run(model, str(path))
+    assert (result.total.documents, result.n_left_out) == (6, 2)
+    assert [found.index for found in result.left_out] == [1, 4]
+    assert result.notes[0].startswith("Documents left out: 2; the first is document 1 (not JSON")
+    clean = tmp_path / "b.jsonl"
+    clean.write_text("\n".join(good))
+    assert exactly(run(model, str(clean))) == exactly(result)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sites": ["blocks"]}, r"The site 'blocks' is not known; expected some of embedding"),
+        ({"sites": []}, r"No site was given"),
+        ({"formats": ["int3"]}, r"The format 'int3' is not known; expected some of int8, int4, fp8"),
+        ({"mask": melayer.WeMask(layers=(4,))}, r"A mask was given, but no format"),
+        ({"limit": 0}, r"limit is 0; expected at least 1 document"),
+        ({"max_tokens": 1}, r"max_tokens is 1; expected at least 2"),
+        ({"max_tokens": 300}, r"300 tokens were asked for, but the model has 256 positions"),
+    ],
+)
+def test_options_that_make_no_measurement(model, corpus, options, said):
+    with pytest.raises(InputError, match=said):
+        scan(model, toys.tokenizer(), corpus, **options)
+
+
+def test_a_model_split_over_processes_is_refused(corpus):
+    model = toys.make("llama")
+    model._tp_size = 2  # what transformers sets when it loads with a tp plan
+    with pytest.raises(InputError, match=r"The model is split over processes \(tensor parallelism\)"):
+        run(model, corpus)
+
+
+def test_an_empty_corpus(model, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n \n")
+    with pytest.raises(InputError, match=r"a.txt holds no document"):
+        run(model, str(path))
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": " "}')
+    with pytest.raises(InputError, match=r"No document of .* can be measured: 2 were left out, .* has no text"):
+        run(model, str(tmp_path / "b.jsonl"))
+
+
+def test_sequences_too_short_to_vote_are_said(model, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("w1 w2\nX\n")
+    result = run(model, str(path))
+    assert result.total.me_layer is None
+    assert result.total.voting == 0
+    assert any("not meaningful" in note for note in result.notes)
+
+
+def test_a_model_that_overflows_says_where(corpus):
+    model = toys.plant(toys.make("llama"), [(3, 7, 1e5)]).half()
+    result = run(model, corpus)
+    assert "holds NaN or infinity in float16" in result.sentence
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_values_beyond_float16_are_counted(corpus):
+    result = run(toys.plant(toys.make("llama"), [(3, 7, 1e5)]), corpus)
+    beyond = {(row.site, row.layer): row.beyond_fp16 for row in result.total.places}
+    holders = sum("X" in text.split() for text in texts())
+    assert [beyond["block_out", layer] for layer in range(8)] == [0, 0, 0] + [holders] * 5
+    assert f"{sum(beyond.values())} values would overflow float16" in result.sentence
+
+
+def test_sites_are_known_by_their_names():
+    assert SITES == (
+        "embedding", "attn_in", "q", "k", "v", "attn_act", "attn_out", "ffn_in", "ffn_act", "ffn_out", "block_out",
+        "final_norm",
+    )  # fmt: skip
+
+
+@pytest.mark.demo
+def test_the_demo_model(demo, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(
+        "My favorite color is Dark Blue. The sky is clear today.\nOne two three four five six seven eight.\n"
+    )
+    result = scan(demo.model, demo.tokenizer, str(path))
+    assert result.total.me_layer == 11
+    row = max(result.total.places, key=lambda row: row.max_abs or 0)
+    assert (row.site, row.layer, row.dim, row.token_index) == ("block_out", 11, 507, 0)
+    located = melayer.locate(demo.model, demo.tokenizer, texts=path.read_text().splitlines())
+    for block in located.blocks:
+        mine = next(row for row in result.total.places if (row.site, row.layer) == ("block_out", block.layer))
+        assert mine.max_abs == pytest.approx(block.max_abs, rel=1e-4)

@@ -1,0 +1,342 @@
+"""One run answers every item with every variant; its figures, its store, its ways to stop and go on."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import small_benchmarks
+import toys
+from melayer.errors import InputError, OutputError
+from melayer.evaluation.evaluate import evaluate
+from melayer.evaluation.select import compare_runs, select
+from melayer.evaluation.store import FILE
+from melayer.evaluation.tasks import load_tasks
+from melayer.interventions.mask import WeMask
+from melayer.numerics.paired import wilson
+from melayer.runs import jsonl
+
+TASKS = ["gsm8k", "mmlu", "wikitext2", "xstest"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_benchmarks.write(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def benchmarks(data):
+    return load_tasks(TASKS, data=data, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+
+
+def variants():
+    return {"plain": None, "mask": WeMask(rate=0.5, layers=range(4, 8)), "all": WeMask(rate=1, layers=range(4, 8))}
+
+
+def run(model, benchmarks, which=None, **options):
+    given = {"batch_size": 2, "max_length": 512, **options}
+    return evaluate(model, toys.tokenizer(), benchmarks, which or variants(), **given)
+
+
+@pytest.fixture(scope="module")
+def result(model, benchmarks):
+    return run(model, benchmarks)
+
+
+def rows(directory, *, seconds=False):
+    lines = [json.loads(line) for line in (directory / FILE).read_text().splitlines()]
+    return [line if seconds else {key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_every_item_is_answered_by_every_variant(result):
+    for name, n in {"gsm8k": 6, "mmlu": 12, "wikitext2": 6, "xstest": 6}.items():
+        assert {label: len(found) for label, found in result.answers[name].items()} == dict.fromkeys(variants(), n)
+    assert result.answers["wikitext2"]["plain"] != result.answers["wikitext2"]["mask"]
+
+
+def test_figures_are_those_of_the_answers(result):
+    (acc,) = [score for score in result.scores if score.task == "mmlu" and score.variant == "mask"]
+    right = sum(answer["scores"]["acc"][0] for answer in result.answers["mmlu"]["mask"].values())
+    share = wilson(int(right), 12)
+    assert (acc.value, acc.low, acc.high, acc.n) == (share.value, share.low, share.high, 12)
+    for change in result.changes:
+        scores = {s.variant: s.value for s in result.scores if (s.task, s.metric) == (change.task, change.metric)}
+        if change.kind == "mean":
+            assert change.comparison.difference == pytest.approx(scores[change.variant] - scores["plain"])
+            flips = list(result.flips(change))
+            assert len(flips) == change.comparison.wins + change.comparison.losses
+        if change.kind == "word_perplexity":
+            log = torch.tensor([scores["plain"], scores[change.variant]]).log()
+            assert change.comparison.difference == pytest.approx(float(log[0] - log[1]), abs=1e-5)
+    assert [s.n for s in result.scores if s.task == "xstest" and s.variant == "plain"] == [3, 3]
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["sentence"] == result.sentence
+
+
+def test_a_task_that_is_judged_twice_is_named_with_its_metric(result):
+    names = {result.place(change) for change in result.changes if change.primary}
+    assert names == {"gsm8k", "mmlu", "wikitext2", "xstest refused_safe", "xstest refused_unsafe"}
+
+
+def test_holm_is_over_what_a_benchmark_is_judged_by(result):
+    judged = [change for change in result.changes if change.primary]
+    assert len(judged) == 2 * 5  # two masks; gsm8k, mmlu, wikitext2 and two of xstest
+    assert all(change.comparison.p_holm is not None for change in judged)
+    assert all(change.comparison.p_holm is None for change in result.changes if not change.primary)
+
+
+def test_plain_is_what_lm_eval_itself_finds(model, data, result):
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    for benchmark in load_tasks(TASKS, data=data, max_new_tokens=24):
+        lm = HFLM(pretrained=model, tokenizer=toys.tokenizer(), batch_size=2, max_length=512)
+        found = lm_eval.simple_evaluate(lm, tasks=list(benchmark.tasks.values()), bootstrap_iters=0, log_samples=True)
+        ours = result.answers[benchmark.name]["plain"]
+        for name, samples in found["samples"].items():
+            for sample in samples:
+                said = [part[0] for part in sample["resps"]]
+                stored = ours[f"{name}/{sample['doc_id']}"]["output"]
+                if isinstance(said[0], str):
+                    assert stored == said[0]
+                else:
+                    pairs = zip(torch.tensor(stored).flatten(), torch.tensor(said).flatten(), strict=True)
+                    assert all(abs(a - b) <= 1e-5 * abs(b) for a, b in pairs)
+        scores = {s.metric: s for s in result.scores if s.task == benchmark.name and s.variant == "plain"}
+        if len(benchmark.tasks) == 1:
+            (figures,) = found["results"].values()
+            for key, value in figures.items():
+                metric, _, filtered = key.partition(",")
+                name = key if key in scores else metric
+                if name in scores and isinstance(value, float):
+                    assert scores[name].value == pytest.approx(value, rel=1e-6), (key, filtered)
+
+
+def test_log_likelihoods_are_added_up_in_float32(model, benchmarks):
+    import copy
+
+    half = copy.deepcopy(model).bfloat16()
+    found = run(half, benchmarks[2:3], {"plain": None}).answers["wikitext2"]["plain"]
+    sums = [answer["output"] for answer in found.values()]
+    # Sums in bfloat16 are bfloat16 numbers; the logits alone are.
+    assert not all(float(torch.tensor(value).bfloat16()) == value for value in sums)
+
+
+def test_the_model_and_the_tokenizer_are_as_before(benchmarks):
+    model, tokenizer = toys.make("llama").train(), toys.tokenizer()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    evaluate(model, tokenizer, benchmarks[1:2], {"plain": None}, batch_size=4)
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert tokenizer.padding_side == toys.tokenizer().padding_side
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# --- the store -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_is_what_was_found(model, benchmarks, result, tmp_path):
+    kept = run(model, benchmarks, store=tmp_path)
+    assert kept.to_dict()["scores"] == result.to_dict()["scores"]
+    head, *found = rows(tmp_path, seconds=True)
+    assert len(found) == 3 * 30
+    assert set(found[0]) == {"task", "variant", "item", "prompt", "output", "scores", "tokens", "seconds"}
+    # Going on with nothing left asks the model nothing.
+    before = (tmp_path / FILE).read_bytes()
+    again = run(model, benchmarks, store=tmp_path, progress=lambda *_: pytest.fail("asked again"))
+    assert (tmp_path / FILE).read_bytes() == before
+    assert again.to_dict() == kept.to_dict()
+
+
+def test_tasks_and_variants_can_be_added(model, benchmarks, result, tmp_path):
+    run(model, benchmarks[:2], {"plain": None}, store=tmp_path)
+    asked = []
+    added = run(model, benchmarks, store=tmp_path, progress=lambda done, total: asked.append((done, total)))
+    assert asked[0][0] == 18 + 2  # what was there, and the first batch
+    assert added.to_dict()["scores"] == result.to_dict()["scores"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 4}, "answers of another run: batch_size differs"),
+        ({"limit": 1}, "task mmlu differs"),
+        ({"which": {"plain": WeMask(rate=0.1, layers=[5])}}, "variant plain differs"),
+    ],
+)
+def test_other_settings_never_mix(model, benchmarks, tmp_path, options, message):
+    run(model, benchmarks[1:2], {"plain": None}, store=tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+    with pytest.raises(InputError, match=message):
+        run(model, benchmarks[1:2], **{"which": {"plain": None}, "store": tmp_path, **options})
+    with pytest.raises(InputError, match="answers of another run: model differs"):
+        run(toys.make("llama", seed=1), benchmarks[1:2], {"plain": None}, store=tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_an_option_that_is_newer_than_the_store_and_not_set_changes_nothing(model, benchmarks, tmp_path):
+    which = {"mask": variants()["mask"]}
+    run(model, benchmarks[1:2], which, store=tmp_path)
+    head, *rest = (tmp_path / FILE).read_text().splitlines()
+    older = json.loads(head)
+    assert older["eval_of"]["variants"]["mask"].pop("by_layer") is None
+    (tmp_path / FILE).write_text("\n".join([json.dumps(older), *rest]) + "\n")
+    run(model, benchmarks[1:2], which, store=tmp_path, progress=lambda *_: pytest.fail("asked again"))
+
+
+def test_what_is_no_store_is_left_alone(model, benchmarks, tmp_path):
+    (tmp_path / FILE).write_text("a diary\nof two lines\n")
+    with pytest.raises(InputError, match="holds no evaluation that can be read"):
+        run(model, benchmarks[1:2], store=tmp_path)
+    assert (tmp_path / FILE).read_text() == "a diary\nof two lines\n"
+    (tmp_path / FILE).write_text("a diary")
+    with pytest.raises(InputError, match="holds no evaluation that can be read"):
+        run(model, benchmarks[1:2], store=tmp_path)
+    assert (tmp_path / FILE).read_text() == "a diary"
+
+
+def test_comparing_leaves_a_run_that_is_being_written_as_it_is(model, benchmarks, tmp_path):
+    run(model, benchmarks[1:2], {"plain": None}, store=tmp_path / "a")
+    run(model, benchmarks[1:2], {"mask": variants()["mask"]}, store=tmp_path / "b")
+    with (tmp_path / "b" / FILE).open("a") as file:
+        file.write('{"task": "mml')
+    before = (tmp_path / "b" / FILE).read_bytes()
+    assert compare_runs(tmp_path / "a", tmp_path / "b").changes[0].comparison.n == 12
+    assert (tmp_path / "b" / FILE).read_bytes() == before
+
+
+def test_answers_that_reach_their_limit_are_counted(result):
+    (note,) = [note for note in result.notes if "Answers to gsm8k" in note]
+    assert note.startswith("Answers to gsm8k of at least 95 % of the 24 tokens allowed, of 6: ")
+    for label, answers in result.answers["gsm8k"].items():
+        assert f"{sum(answer['tokens'] >= 23 for answer in answers.values())} under {label}" in note
+    assert not any("mmlu" in note for note in result.notes)
+
+
+def test_a_full_disk(model, benchmarks, result, tmp_path, monkeypatch):
+    import errno
+
+    appended = []
+
+    def append(path, values):
+        if len(appended) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        appended.append(path)
+        kept_append(path, values)
+
+    kept_append = jsonl.append
+    monkeypatch.setattr(jsonl, "append", append)
+    with pytest.raises(OutputError, match="The answers cannot be kept in .*: No space left on device"):
+        run(model, benchmarks, store=tmp_path)
+    monkeypatch.setattr(jsonl, "append", kept_append)
+    asked = []
+    rest = run(model, benchmarks, store=tmp_path, progress=lambda done, total: asked.append(done))
+    assert asked[0] > 2  # the batches before the disk was full are there
+    assert rest.to_dict()["scores"] == result.to_dict()["scores"]
+
+
+def started(python, data, out, *launcher):
+    executable, environment = python
+    script = Path(small_benchmarks.__file__)
+    command = [executable, *launcher, str(script), str(data), str(out), "gsm8k,mmlu,wikitext2"]
+    return subprocess.Popen(command, env={**environment, "TQDM_DISABLE": "1"}, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_three_times_and_in_two_processes_it_ends_the_same(python, data, tmp_path):
+    undisturbed = started(python, data, tmp_path / "whole")
+    whole = undisturbed.communicate(timeout=300)[0]
+    assert undisturbed.returncode == 0
+    reached = []
+    for _ in range(3):
+        process = started(python, data, tmp_path / "killed")
+        steps = []
+        for line in process.stdout:
+            steps.append(int(line.split()[0]))
+            if len(steps) == 4:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reached.append(steps[0])
+    assert reached == sorted(set(reached))  # each began where the one before was killed
+    last = started(python, data, tmp_path / "killed")
+    assert last.communicate(timeout=300)[0].splitlines()[-1] == whole.splitlines()[-1]
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    two = started(python, data, tmp_path / "two", "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    said = two.communicate(timeout=300)[0].splitlines()
+    assert two.returncode == 0
+    assert said.count(whole.splitlines()[-1]) == 2
+    assert rows(tmp_path / "two") == rows(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "two").iterdir()] == [FILE]
+
+
+# --- choosing and comparing ----------------------------------------------------------------------------------------
+
+
+def test_a_variant_is_chosen_on_some_items_and_judged_on_others(result):
+    found = select(result, on="even", report_on="odd")
+    chosen = {one.metric: one for one in found.chosen if one.task == "mmlu"}["acc"]
+    values = {
+        label: sum(a["scores"]["acc"][0] for key, a in answers.items() if int(key.split("/")[1]) % 2 == 0) / 6
+        for label, answers in result.answers["mmlu"].items()
+        if label != "plain"
+    }
+    assert chosen.value == max(values.values()) == values[chosen.variant]
+    assert (chosen.selected_on, chosen.change.comparison.n, chosen.same_items) == (6, 6, False)
+    assert all(key.split("/")[1] in "135" for key in found.answers["mmlu"]["plain"])
+    assert "judged on odd" in found.notes[-1]
+
+
+def test_choosing_and_judging_by_the_same_items_is_refused(result):
+    with pytest.raises(InputError, match="3 items of gsm8k are in --select-on 0-3 and in --report-on 1-: .*"):
+        select(result, on="0-3", report_on="1-")
+    found = select(result, on="0-3", report_on="1-", allow_same_items=True)
+    assert all(one.same_items for one in found.chosen)
+    assert "too good" in found.notes[-1]
+    with pytest.raises(InputError, match="has no items in 100-"):
+        select(result, on="0-2", report_on="100-")
+    with pytest.raises(InputError, match="'some' names no items"):
+        select(result, on="some", report_on="odd")
+
+
+def test_stored_runs_are_compared(model, benchmarks, tmp_path):
+    run(model, benchmarks[:2], {"plain": None}, store=tmp_path / "a")
+    run(model, benchmarks[1:], {"mask": variants()["mask"]}, store=tmp_path / "b")
+    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert {change.task for change in found.changes} == {"mmlu"}
+    assert found.changes[0].base == f"plain ({tmp_path / 'a'})"
+    direct = run(model, benchmarks[1:2], {"plain": None, "mask": variants()["mask"]})
+    assert found.changes[0].comparison == direct.changes[0].comparison
+    with pytest.raises(InputError, match="There is no evaluation at"):
+        compare_runs(tmp_path / "a", tmp_path / "c")
+    run(model, benchmarks[2:3], {"plain": None}, store=tmp_path / "c")
+    with pytest.raises(InputError, match="have no items in common"):
+        compare_runs(tmp_path / "a", tmp_path / "c")
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_asked(model, benchmarks, data):
+    with pytest.raises(InputError, match="has no chat template. Leave --chat out"):
+        run(model, benchmarks, chat=True)
+    with pytest.raises(InputError, match="A system prompt needs a chat template"):
+        run(model, benchmarks, system="Be kind.")
+    with pytest.raises(InputError, match="Nothing to evaluate"):
+        run(model, [], {"plain": None})
+    with pytest.raises(InputError, match="Answers to ifeval may have 1280 tokens, and the model has room for 512"):
+        run(model, load_tasks(["ifeval"], data=data))
+
+
+def test_the_chat_template_is_used(model, benchmarks):
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    found = evaluate(model, tokenizer, benchmarks[:1], {"plain": None}, batch_size=2, max_length=512, system="Be kind.")
+    assert found.settings["shared"]["chat"] is True
+    assert all(text.startswith("[system] Be kind. [user] Question:") for text in found.prompts.values())

@@ -1,0 +1,182 @@
+import json
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import toys
+from melayer.errors import MelayerWarning, ModelError
+from melayer.loading import gguf
+from melayer.runs import cache
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    toys.write_gguf(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole_entry(gguf_file, tmp_path_factory):
+    return gguf.convert(gguf_file, cache=tmp_path_factory.mktemp("cache"))
+
+
+def entries(cache):
+    return sorted(path.name for path in (cache / "gguf").iterdir() if not path.name.endswith(".lock"))
+
+
+def test_the_conversion_is_the_model(gguf_file, whole_entry):
+    direct = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    converted = AutoModelForCausalLM.from_pretrained(whole_entry)
+    ids = torch.tensor([[3, 40, 7, 100]])
+    with torch.no_grad():
+        assert torch.equal(direct(ids).logits, converted(ids).logits)
+    assert not hasattr(converted.config, "quantization_config")
+    assert gguf.source_sha256(whole_entry) == cache.sha256_of(gguf_file)
+
+
+def test_the_tokenizer_survives(whole_entry):
+    tokenizer = AutoTokenizer.from_pretrained(whole_entry)
+    assert tokenizer("<|im_start|>he")["input_ids"] == [1, tokenizer.convert_tokens_to_ids("he")]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+def test_a_whole_entry_is_read_and_not_written_again(gguf_file, whole_entry):
+    before = {file.name: file.stat().st_mtime_ns for file in whole_entry.iterdir()}
+    assert gguf.convert(gguf_file, cache=whole_entry.parent.parent) == whole_entry
+    assert {file.name: file.stat().st_mtime_ns for file in whole_entry.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_a_damaged_entry_is_made_again(gguf_file, tmp_path, damage):
+    entry = gguf.convert(gguf_file, cache=tmp_path)
+    weights = entry / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "flip":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "cut":
+        weights.write_bytes(content[:-100])
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        (entry / gguf.MANIFEST).write_text("{")
+    assert not gguf.is_whole(entry)
+    assert gguf.convert(gguf_file, cache=tmp_path) == entry
+    assert weights.read_bytes() == content
+
+
+def run(code, python, **options):
+    interpreter, environment = python
+    return subprocess.run([interpreter, "-c", code], env=environment, capture_output=True, text=True, **options)
+
+
+def test_two_processes_at_once_convert_once(gguf_file, tmp_path, python):
+    # Each says when it writes; the second must wait for the first and then read.
+    code = (
+        "import pathlib\nfrom melayer.loading import gguf\n"
+        "write = gguf._write_entry\n"
+        "def told(*args):\n    print('writes'); write(*args)\n"
+        "gguf._write_entry = told\n"
+        f"print(gguf.convert(pathlib.Path({str(gguf_file)!r}), cache=pathlib.Path({str(tmp_path)!r})).name)"
+    )
+    interpreter, environment = python
+    both = [
+        subprocess.Popen([interpreter, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[0].split() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("writes" in lines for lines in said) == 1
+    assert entries(tmp_path) == [said[0][-1]] == [said[1][-1]]
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_is_used(gguf_file, tmp_path, python):
+    code = (
+        "import os, signal, pathlib\nfrom melayer.loading import gguf\n"
+        "fsync = os.fsync\n"
+        "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"gguf.convert(pathlib.Path({str(gguf_file)!r}), cache=pathlib.Path({str(tmp_path)!r}))"
+    )
+    assert run(code, python).returncode == -signal.SIGKILL
+    (left,) = entries(tmp_path)
+    assert left.endswith(".tmp")  # everything was written, but not yet renamed
+    entry = gguf.convert(gguf_file, cache=tmp_path)
+    assert entries(tmp_path) == [entry.name]
+    assert gguf.is_whole(entry)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(gguf_file, tmp_path, python):
+    # A limit on the size of files fails the write as a full disk does.
+    code = (
+        "import signal, pathlib\nfrom melayer.loading import gguf\nfrom melayer.errors import ModelError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"try: gguf.convert(pathlib.Path({str(gguf_file)!r}), cache=pathlib.Path({str(tmp_path)!r}))\n"
+        "except ModelError as error: print(error)"
+    )
+    limit = gguf_file.stat().st_size // 2
+    done = run(code, python, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert "could not be written to the cache" in done.stdout, done.stderr
+    assert "Free some space or name another directory in the environment variable MELAYER_CACHE" in done.stdout
+    assert entries(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_made_is_said(gguf_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="could not be written to the cache"):
+        gguf.convert(gguf_file, cache=tmp_path / "file")
+
+
+def test_damaged_files_are_said(gguf_file, tmp_path):
+    content = gguf_file.read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for damaged, message in [
+        (b"PK\x03\x04" + content, "is not a GGUF file: it starts with"),
+        (b"", "is not a GGUF file"),
+        (content[:-50], "is cut off: its header lists tensors up to byte"),
+        (content[:300], "is damaged: its header or its tensors cannot be read"),
+        (content[:4] + (9).to_bytes(4, "little") + content[8:], "GGUF version 9, expected 2 or 3"),
+    ]:
+        bad.write_bytes(damaged)
+        with pytest.raises(ModelError, match=message):
+            gguf.convert(bad, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_cache_directory_can_be_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("MELAYER_CACHE", str(tmp_path))
+    assert cache.cache_directory() == tmp_path
+    monkeypatch.delenv("MELAYER_CACHE")
+    assert cache.cache_directory().name == "melayer"
+
+
+def test_a_lost_digit_split_is_mended(tmp_path):
+    path = tmp_path / "smol.gguf"
+    toys.write_gguf(path, pre="smollm")
+    entry = gguf.convert(path, cache=tmp_path)
+    split = AutoTokenizer.from_pretrained(entry).backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in split.pre_tokenize_str("a 123\n\n1.")] == ["a", "Ġ", "1", "2", "3", "ĊĊ", "1", "."]
+
+
+def test_an_unknown_split_is_said_aloud(tmp_path):
+    path = tmp_path / "odd.gguf"
+    toys.write_gguf(path, pre="of-tomorrow")
+    with pytest.warns(MelayerWarning, match="names the pre-tokenizer 'of-tomorrow', which transformers replaces"):
+        gguf.convert(path, cache=tmp_path)
+
+
+@pytest.mark.demo
+def test_ids_of_the_demo_are_those_of_the_original(demo):
+    ids = demo.tokenizer
+    assert len(ids("12345")["input_ids"]) == 5
+    assert ids.convert_ids_to_tokens(ids("cats\n\n1. hi")["input_ids"]) == ["cats", "ĊĊ", "1", ".", "Ġhi"]
+    assert ids("<|im_start|>")["input_ids"] == [1]
+    assert "You are a helpful AI assistant named SmolLM" in ids.chat_template
+    manifest = json.loads(
+        (cache.cache_directory() / "gguf").joinpath(Path(demo.model.name_or_path).name, gguf.MANIFEST).read_text()
+    )
+    assert manifest["source"].endswith(".gguf")
