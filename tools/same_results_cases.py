@@ -129,7 +129,10 @@ def _explaining() -> list[Case]:
         "sinks-epsilon": ("sinks", *given, "-T", "32", "--epsilon", "0.1", "--bos"),
         "sinks-masked": ("sinks", "toys/llama-masked", *_TEXTS, "--json", "-T", "16"),
         "sinks-bfloat16": ("sinks", *given, "-T", "16", "--dtype", "bfloat16"),
-        "contrast-same": ("contrast", "toys/llama", "toys/llama", *_TEXTS, "--json", "-T", "16", "--out", OUT),
+        "contrast-same": (
+            *("contrast", "toys/llama", "toys/llama", *_TEXTS, "--json"),
+            *("-T", "16", "--n-first-tokens", "8", "--out", OUT),
+        ),
         "contrast-masked": (
             *("contrast", "toys/llama", "toys/llama-masked", *_TEXTS, "--json"),
             *("-T", "16", "--epsilon", "0.2", "--n-first-tokens", "8", "--out", OUT),
@@ -218,7 +221,10 @@ def _printed() -> list[Case]:
         "report": ("report", *given, "-T", "32", "--out", OUT),
         "scan": ("scan", "toys/llama", "--data", "toys/corpus.jsonl", "--formats", "int8", "--out", OUT),
         "quant-check": ("quant-check", *given, *_FEW, "--prefix", "X", "--formats", "int8", "--out", OUT),
-        "contrast": ("contrast", "toys/llama", "toys/llama-after", *_TEXTS, "-T", "16", "--out", OUT),
+        "contrast": (
+            *("contrast", "toys/llama", "toys/llama-after", *_TEXTS),
+            *("-T", "16", "--n-first-tokens", "8", "--out", OUT),
+        ),
     }
     return [_case(f"printed-{name}", command) for name, command in commands.items()]
 
