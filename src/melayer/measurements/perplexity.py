@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from melayer.data.rows import batches, windows
-from melayer.data.texts import builtin_texts
+from melayer.data.rows import batches
 from melayer.errors import InputError
-from melayer.model import wiring
 from melayer.model.losses import losses
-from melayer.model.provenance import ModelInfo, describe
+from melayer.model.provenance import ModelInfo
+from melayer.model.subject import Subject
 from melayer.runs.progress import Progress
 from melayer.version import __version__
 
@@ -81,13 +80,30 @@ def perplexity(
     Example:
         >>> melayer.perplexity(model, tokenizer, T=256).perplexity  # doctest: +SKIP
     """
-    decoder = wiring.read(model, parts=parts)
-    rows = windows(
-        tokenizer, builtin_texts() if texts is None else texts, T, max_positions=decoder.max_positions, bos=bos
+    return perplexity_on(
+        Subject.of(model, tokenizer, parts=parts, name=name),
+        T=T,
+        texts=texts,
+        bos=bos,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress,
     )
+
+
+def perplexity_on(
+    subject: Subject,
+    *,
+    T: int = 64,
+    texts: Sequence[str] | None = None,
+    bos: bool | None = None,
+    max_batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """As `perplexity`, on a model that was read already."""
+    rows = subject.windows(texts, T, bos=bos)
     total, done = 0.0, 0
     for batch in batches(rows, max_batch_tokens=max_batch_tokens):
-        total += float(losses(decoder, batch).double().sum())
+        total += float(losses(subject.decoder, batch).double().sum())
         done += sum(batch.lengths)
         if progress is not None:
             progress(done, T * len(rows))
@@ -99,7 +115,7 @@ def perplexity(
             "Load the model in a wider dtype, or see melayer locate."
         )
     return PerplexityResult(
-        model=describe(decoder, name),
+        model=subject.info,
         settings={
             "texts": "built-in" if texts is None else "given",
             "bos": {"asked": bos, "sequences_with_bos": sum(row.has_bos for row in rows)},

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from melayer.data.rows import Batch, Row, encode
-from melayer.data.texts import builtin_texts
+from melayer.data.rows import Batch, Row
 from melayer.errors import InputError
 from melayer.measurements.criterion import STAGE_SHARE, Criterion
 from melayer.measurements.explain.causes import (
@@ -30,13 +29,13 @@ from melayer.measurements.explain.result import (
     Neuron,
     TextCauses,
 )
-from melayer.measurements.locate.locate import locate
+from melayer.measurements.locate.locate import locate_on
 from melayer.measurements.locate.result import LocateResult
-from melayer.model import hooks, wiring
+from melayer.model import hooks
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
 from melayer.model.isolated_block import BlockAlone, Called
-from melayer.model.provenance import describe
+from melayer.model.subject import Subject
 from melayer.runs.progress import Progress
 
 if TYPE_CHECKING:
@@ -92,31 +91,57 @@ def explain(
         >>> melayer.explain(model, tokenizer).layers[0].causes.attribution  # doctest: +SKIP
         'ffn'
     """
+    return explain_on(
+        Subject.of(model, tokenizer, parts=parts, name=name),
+        texts=texts,
+        layers=layers,
+        located=located,
+        max_tokens=max_tokens,
+        bos=bos,
+        criterion=criterion,
+        seeds=seeds,
+        top=top,
+        max_texts=max_texts,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress,
+    )
+
+
+def explain_on(
+    subject: Subject,
+    *,
+    texts: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    located: LocateResult | None = None,
+    max_tokens: int | None = None,
+    bos: bool | None = None,
+    criterion: Criterion | None = None,
+    seeds: int = 5,
+    top: int = 10,
+    max_texts: int = 4,
+    max_batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> ExplainResult:
+    """As `explain`, on a model that was read already."""
     for option, given in (("seeds", seeds), ("top", top), ("max_texts", max_texts)):
         if given < 1:
             raise InputError(f"{option} is {given}; expected at least 1.")
-    builtin = texts is None
-    texts = builtin_texts() if texts is None else texts
-    decoder = wiring.read(model, parts=parts)
+    decoder, info = subject.decoder, subject.info
     for layer in layers or ():
         if not 0 <= layer < decoder.n_layers:
             raise InputError(
                 f"Layer {layer} was asked for, but the model has blocks 0 to {decoder.n_layers - 1}. "
                 f"Give layers in that range, counted from 0."
             )
-    info = describe(decoder, name)
     halfway = False
     if located is None:
-        located = locate(
-            model,
-            tokenizer,
+        located = locate_on(
+            subject,
             texts=texts,
             max_tokens=max_tokens,
             bos=bos,
             criterion=criterion,
             max_batch_tokens=max_batch_tokens,
-            parts=parts,
-            name=name,
             # Half of the way: what follows costs about as much, and how much is known only then.
             progress=None if progress is None else lambda done, total: progress(done, 2 * total),
         )
@@ -125,7 +150,7 @@ def explain(
         raise InputError("The located result has another criterion than the one given. Give one of them only.")
     bos = located.settings["bos"]["asked"] if bos is None else bos
     max_tokens = located.settings["max_tokens"] if max_tokens is None else max_tokens
-    rows = encode(tokenizer, texts, max_tokens=max_tokens, max_positions=decoder.max_positions, bos=bos)
+    rows = subject.rows(texts, max_tokens=max_tokens, bos=bos)
     same = [(row.n_tokens, row.first_token, row.text[:79]) for row in located.sequences] == [
         (len(row), row.tokens[0], row.text[:79]) for row in rows
     ]
@@ -164,7 +189,7 @@ def explain(
     return ExplainResult(
         model=info,
         settings={
-            "texts": "built-in" if builtin else "given",
+            "texts": "built-in" if texts is None else "given",
             "n_sequences": len(rows),
             "n_tokens": sum(map(len, rows)),
             "max_tokens": max_tokens,

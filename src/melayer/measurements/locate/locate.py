@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melayer.data.rows import Row, encode
-from melayer.data.texts import builtin_texts
+from melayer.data.rows import Row
 from melayer.errors import InputError
 from melayer.measurements.criterion import STAGE_SHARE, WHOLE_SHARE, Criterion, find_me_layer, voting
 from melayer.measurements.locate.result import (
@@ -26,9 +25,9 @@ from melayer.measurements.locate.result import (
 from melayer.measurements.locate.trajectory import Follow, courses, shares_of
 from melayer.measurements.settings import settings_of
 from melayer.measurements.summaries import SequenceSummary, summaries_of
-from melayer.model import wiring
 from melayer.model.decoder import Decoder
-from melayer.model.provenance import ModelInfo, describe
+from melayer.model.provenance import ModelInfo
+from melayer.model.subject import Subject
 from melayer.numerics.summary import MAP_TOKENS
 from melayer.runs.progress import Progress
 
@@ -80,17 +79,35 @@ def locate(
         >>> result.me_layer, result.emergence  # doctest: +SKIP
         (11, 'single')
     """
+    return locate_on(
+        Subject.of(model, tokenizer, parts=parts, name=name),
+        texts=texts,
+        max_tokens=max_tokens,
+        bos=bos,
+        criterion=criterion,
+        max_listed=max_listed,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress,
+    )
+
+
+def locate_on(
+    subject: Subject,
+    *,
+    texts: Sequence[str] | None = None,
+    max_tokens: int | None = None,
+    bos: bool | None = None,
+    criterion: Criterion | None = None,
+    max_listed: int = 16,
+    max_batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> LocateResult:
+    """As `locate`, on a model that was read already."""
     criterion = criterion or Criterion()
     if max_listed < 1:
         raise InputError(f"max_listed is {max_listed}; expected at least 1.")
-    decoder = wiring.read(model, parts=parts)
-    rows = encode(
-        tokenizer,
-        builtin_texts() if texts is None else texts,
-        max_tokens=max_tokens,
-        max_positions=decoder.max_positions,
-        bos=bos,
-    )
+    decoder = subject.decoder
+    rows = subject.rows(texts, max_tokens=max_tokens, bos=bos)
     summaries = summaries_of(
         decoder, rows, criterion, k=max_listed, max_batch_tokens=max_batch_tokens, progress=progress
     )
@@ -99,7 +116,7 @@ def locate(
         rows,
         summaries,
         criterion,
-        describe(decoder, name),
+        subject.info,
         settings_of(rows, texts, max_tokens, bos),
         lambda targets: courses(decoder, targets, max_batch_tokens=max_batch_tokens),
     )

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from melayer.data.rows import Row, batches, encode, token_text
-from melayer.data.texts import builtin_texts
+from melayer.data.rows import Row, batches, token_text
 from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion
-from melayer.measurements.locate.locate import locate
+from melayer.measurements.locate.locate import locate_on
 from melayer.measurements.locate.result import LocateResult
 from melayer.measurements.rigidity.result import EffectiveRank, RigidityResult
-from melayer.model import hooks, wiring
+from melayer.model import hooks
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
-from melayer.model.provenance import ModelInfo, describe
+from melayer.model.provenance import ModelInfo
+from melayer.model.subject import Subject
 from melayer.runs.progress import Progress
 
 if TYPE_CHECKING:
@@ -82,34 +82,58 @@ def rigidity(
     Example:
         >>> melayer.rigidity(model, tokenizer).cosine_next[12]  # doctest: +SKIP
     """
-    texts_given = texts is not None
-    texts = builtin_texts() if texts is None else texts
+    return rigidity_on(
+        Subject.of(model, tokenizer, parts=parts, name=name or (located.model.name if located else None)),
+        texts=texts,
+        n_first_tokens=n_first_tokens,
+        fixed_first_token=fixed_first_token,
+        seed=seed,
+        located=located,
+        max_tokens=max_tokens,
+        bos=bos,
+        criterion=criterion,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress,
+    )
+
+
+def rigidity_on(
+    subject: Subject,
+    *,
+    texts: Sequence[str] | None = None,
+    n_first_tokens: int = 64,
+    fixed_first_token: bool = False,
+    seed: int = 0,
+    located: LocateResult | None = None,
+    max_tokens: int | None = None,
+    bos: bool | None = None,
+    criterion: Criterion | None = None,
+    max_batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> RigidityResult:
+    """As `rigidity`, on a model that was read already."""
+    decoder, tokenizer, info = subject.decoder, subject.tokenizer, subject.info
     if located is not None:
         if criterion not in (None, located.criterion):
             raise InputError("The located result has another criterion than the one given. Give one of them only.")
         bos = located.settings["bos"]["asked"] if bos is None else bos
         max_tokens = located.settings["max_tokens"] if max_tokens is None else max_tokens
-    decoder = wiring.read(model, parts=parts)
-    rows = encode(tokenizer, texts, max_tokens=max_tokens, max_positions=decoder.max_positions, bos=bos)
+    rows = subject.rows(texts, max_tokens=max_tokens, bos=bos)
     if fixed_first_token:
         first, first_text = _fixed(tokenizer, rows, decoder)
     else:
         first, first_text = _drawn(tokenizer, decoder, n_first_tokens, seed), None
     passes = 1 if located is not None else 2
     if located is None:
-        located = locate(
-            model,
-            tokenizer,
+        located = locate_on(
+            subject,
             texts=texts,
             max_tokens=max_tokens,
             bos=bos,
             criterion=criterion,
             max_batch_tokens=max_batch_tokens,
-            parts=parts,
-            name=name,
             progress=None if progress is None else lambda done, total: progress(done, 2 * total),
         )
-    info = describe(decoder, name or located.model.name)
     _check_subject(located, info, rows)
     notes = _notes(located, tokenizer, rows, first, fixed_first_token)
 
@@ -142,7 +166,7 @@ def rigidity(
         model=info,
         settings={
             "criterion": asdict(located.criterion),
-            "texts": "given" if texts_given else "built-in",
+            "texts": "built-in" if texts is None else "given",
             "n_sequences": len(rows),
             "n_tokens": sum(map(len, rows)),
             "max_tokens": max_tokens,

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from melayer.data.rows import Batch, Row, batches, windows
-from melayer.data.texts import builtin_texts
+from melayer.data.rows import Batch, Row, batches
 from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion, find_me_layer
 from melayer.measurements.sinks.result import MassiveKeys, SinkHead, SinksResult
 from melayer.measurements.summaries import SequenceSummary, summaries_of
-from melayer.model import attention, wiring
+from melayer.model import attention
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
 from melayer.model.hooks import measuring
-from melayer.model.provenance import describe
+from melayer.model.subject import Subject
 from melayer.runs.progress import Progress
 
 if TYPE_CHECKING:
@@ -71,13 +70,35 @@ def sinks(
     Example:
         >>> melayer.sinks(model, tokenizer, T=64).rate_after_me  # doctest: +SKIP
     """
+    return sinks_on(
+        Subject.of(model, tokenizer, parts=parts, name=name),
+        T=T,
+        epsilon=epsilon,
+        texts=texts,
+        bos=bos,
+        criterion=criterion,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress,
+    )
+
+
+def sinks_on(
+    subject: Subject,
+    *,
+    T: int = 64,
+    epsilon: float = 0.3,
+    texts: Sequence[str] | None = None,
+    bos: bool | None = None,
+    criterion: Criterion | None = None,
+    max_batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> SinksResult:
+    """As `sinks`, on a model that was read already."""
     criterion = criterion or Criterion()
     if not 0 <= epsilon <= 1:
         raise InputError(f"epsilon is {epsilon}; expected a share of attention between 0 and 1.")
-    decoder = wiring.read(model, parts=parts)
-    rows = windows(
-        tokenizer, builtin_texts() if texts is None else texts, T, max_positions=decoder.max_positions, bos=bos
-    )
+    decoder = subject.decoder
+    rows = subject.windows(texts, T, bos=bos)
     alphas, summaries = _first_keys(decoder, rows, criterion, max_batch_tokens, progress)
     _refuse_non_finite(decoder, rows, summaries)
     holding = np.stack([summaries[row.index].n_massive[1:] > 0 for row in rows])
@@ -90,7 +111,7 @@ def sinks(
     if criterion.min_tokens > T:
         notes.append(f"With fewer than {criterion.min_tokens} tokens the criterion for the ME layer is not meaningful.")
     return SinksResult(
-        model=describe(decoder, name),
+        model=subject.info,
         settings={
             "criterion": asdict(criterion),
             "texts": "built-in" if texts is None else "given",
