@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from melayer.data.rows import Batch, Row, batches, token_text
@@ -19,7 +18,7 @@ from melayer.interventions.apply import free
 from melayer.interventions.baked_prefix import BakedPrefix
 from melayer.interventions.mask import MadeFor, Selector, WeMask
 from melayer.measurements.criterion import Criterion, find_me_layer
-from melayer.measurements.summaries import summaries_of
+from melayer.measurements.summaries import holding_of, summaries_of
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
@@ -425,9 +424,8 @@ def _massive(
         with hooks.watch(points, see):
             yield
 
-    found = summaries_of(
-        decoder, rows, criterion, k=1, max_batch_tokens=max_batch_tokens, progress=progress, around=listening
-    )
+    passes = list(batches(rows, max_batch_tokens=max_batch_tokens))
+    found = summaries_of(decoder, passes, criterion, k=1, progress=progress, during_batch=listening)
     for row in rows:
         bad = found[row.index].n_non_finite.nonzero()[0]
         if len(bad):
@@ -435,8 +433,7 @@ def _massive(
                 f"The activations are not finite from the output of block {int(bad[0]) - 1} on, so they have no scale. "
                 "Load the model in a wider dtype, or see melayer locate."
             )
-    holding = np.stack([found[row.index].n_massive[1:] > 0 for row in rows])
-    at = find_me_layer(holding, criterion)
+    at = find_me_layer(holding_of(rows, found).sum(axis=0), len(rows), criterion)
     if at is None:
         return None, 0.0, torch.zeros(len(rows), len(rows[0]), dtype=torch.bool)
     top = max(rows, key=lambda row: abs(float(found[row.index].values[at + 1, 0])))
