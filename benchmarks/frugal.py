@@ -160,7 +160,7 @@ def _read(directory: Path) -> float:
 def _locate(contender: str, directory: Path, length: int) -> float:
     # Imported by name: what is loaded lazily would else be loaded, and timed, where it is first used.
     import accelerate  # noqa: F401
-    import melayer.frugal
+    import melayer.measurements.locate.frugal
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
     from transformers.utils import logging
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from melayer.data.rows import batches
 from melayer.errors import InputError
+from melayer.measurements.settings import WindowSettings, window_settings
 from melayer.model.losses import losses
 from melayer.model.provenance import ModelInfo
 from melayer.model.subject import Subject
@@ -24,7 +25,7 @@ class PerplexityResult:
     """What `perplexity` found."""
 
     model: ModelInfo
-    settings: dict[str, Any]
+    settings: WindowSettings
     T: int
     n_sequences: int
     n_predicted: int
@@ -46,7 +47,7 @@ class PerplexityResult:
         )
 
 
-def perplexity(
+def perplexity(  # noqa: PLR0913 - public: every option has a name
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -69,7 +70,7 @@ def perplexity(
         texts: What to predict; by default melayer's own.
         bos: Whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
         max_batch_tokens: Tokens in one forward pass.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model in the result.
         progress: Called with the tokens done and the tokens in all.
 
@@ -116,10 +117,7 @@ def perplexity_on(
         )
     return PerplexityResult(
         model=subject.info,
-        settings={
-            "texts": "built-in" if texts is None else "given",
-            "bos": {"asked": bos, "sequences_with_bos": sum(row.has_bos for row in rows)},
-        },
+        settings=window_settings(rows, texts, bos),
         T=T,
         n_sequences=len(rows),
         n_predicted=n_predicted,

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from melayer.data.rows import Batch, Row, batches
 from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion, find_me_layer
-from melayer.measurements.summaries import summaries_of
+from melayer.measurements.summaries import holding_of, summaries_of
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
@@ -63,22 +62,20 @@ def emergence(
         with hooks.watch(points, see):
             yield
 
-    found = summaries_of(
-        decoder, rows, criterion, k=1, max_batch_tokens=max_batch_tokens, progress=progress, around=keeping_largest
-    )
+    passes = list(batches(rows, max_batch_tokens=max_batch_tokens))
+    summaries = summaries_of(decoder, passes, criterion, k=1, progress=progress, during_batch=keeping_largest)
     for row in rows:
-        bad = found[row.index].n_non_finite.nonzero()[0]
+        bad = summaries[row.index].n_non_finite.nonzero()[0]
         if len(bad):
             raise InputError(
                 f"The activations are not finite from the output of block {int(bad[0]) - 1} on, so they have no scale. "
                 "Load the model in a wider dtype, or see melayer locate."
             )
-    holding = np.stack([found[row.index].n_massive[1:] > 0 for row in rows])
-    me_layer = find_me_layer(holding, criterion)
+    me_layer = find_me_layer(holding_of(rows, summaries).sum(axis=0), len(rows), criterion)
     if me_layer is None:
         return Emergence(None, 0.0, torch.zeros(len(rows), len(rows[0]), dtype=torch.bool))
-    top = max(rows, key=lambda row: abs(float(found[row.index].values[me_layer + 1, 0])))
-    above = max(criterion.min_abs, criterion.min_ratio * float(found[top.index].median_abs[me_layer + 1]))
+    top = max(rows, key=lambda row: abs(float(summaries[row.index].values[me_layer + 1, 0])))
+    above = criterion.threshold(float(summaries[top.index].median_abs[me_layer + 1]))
     return Emergence(me_layer, above, torch.stack([largest[me_layer][row.index] for row in rows]) > above)
 
 

@@ -11,6 +11,7 @@ from melayer.data.rows import token_text
 from melayer.interventions.apply import free
 from melayer.interventions.mask import Selector, WeMask
 from melayer.measurements.criterion import Criterion
+from melayer.measurements.settings import LAYERS_COUNTED_FROM, Origin, criterion_settings, origin_of
 from melayer.model.provenance import describe
 from melayer.model.subject import Subject
 from melayer.numerics.paired import LEVEL
@@ -131,7 +132,7 @@ def quant_check(  # noqa: PLR0913 - the options of the command, each by its name
         for treatment in plan.treatments
     ]
     passes = run_passes(check, plan, settings, emerged, resume)
-    given = _Given(choices, texts is not None, calibration is not None, bos)
+    given = _Given(choices, origin_of(texts), calibration is not None, bos)
     return _result(check, given, plan, emerged, passes, found.notes)
 
 
@@ -140,7 +141,7 @@ class _Given:
     """What the caller chose, for the result's settings."""
 
     choices: Choices
-    texts: bool
+    texts: Origin
     calibration: bool
     bos: bool | None
 
@@ -196,13 +197,13 @@ def _settings(check: Check, given: _Given, plan: Plan, emerged: Emergence) -> Qu
         "formats": list(choices.formats),
         "granularities": list(choices.granularities),
         "treatments": list(plan.treatments),
-        "texts": "given" if given.texts else "built-in",
+        "texts": given.texts,
         "calibration": "given" if given.calibration else "every other sequence of the texts",
         "mask": None if plan.active_mask is None else asdict(plan.active_mask),
         "bos": {"asked": given.bos, "is_prefix": list(check.sequences.prefix) == [bos_id]},
-        "criterion": asdict(check.criterion),
+        "criterion": criterion_settings(check.criterion),
         "massive_above": emerged.above,
         "level": LEVEL,
         "left_unquantised": "the head, weights, keys and values",
-        "layers_counted_from": 0,
+        "layers_counted_from": LAYERS_COUNTED_FROM,
     }

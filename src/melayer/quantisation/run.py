@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from melayer.errors import collected
 from melayer.interventions.baked_prefix import BakedPrefix
 from melayer.interventions.mask import WeMask
+from melayer.measurements.settings import criterion_settings
 from melayer.quantisation.calibration import Maxima, ScaleSet, maxima
 from melayer.quantisation.check import Check
 from melayer.quantisation.massive import Emergence, massive_tokens, with_prefix
@@ -138,7 +139,7 @@ def _depends_on(check: Check, plan: Plan) -> dict[str, Any]:
         "fingerprint": check.subject.info.fingerprint,
         "dtype": str(check.subject.model.dtype),
         "melayer_version": __version__,
-        "criterion": asdict(check.criterion),
+        "criterion": criterion_settings(check.criterion),
         "mask": None if mask is None else repr(mask),
         "sequences": sha256_of(check.sequences.evaluation_rows),
         "calibration": sha256_of(check.sequences.calibration_rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from melayer.measurements.settings import CriterionSettings, LayerSettings, Origin
 from melayer.numerics.grids import Format
 from melayer.quantisation.calibration import Granularity
 from melayer.quantisation.treatments import Treatment
@@ -18,21 +19,20 @@ class PrefixChoice(TypedDict):
     """Whether that token is the prefix."""
 
 
-class QuantCheckSettings(TypedDict):
+class QuantCheckSettings(LayerSettings):
     """Of `QuantCheckResult.settings`."""
 
     formats: list[Format]
     granularities: list[Granularity]
     treatments: list[Treatment]
-    texts: str
+    texts: Origin
     calibration: str
     mask: dict[str, Any] | None
     """The fields of the mask; None where no treatment has one."""
     bos: PrefixChoice
-    criterion: dict[str, Any]
+    criterion: CriterionSettings
     massive_above: float
     """What a token's largest |h| at the ME layer's output exceeds if it is massive; 0 without an ME layer."""
     level: float
     """Of the intervals."""
     left_unquantised: str
-    layers_counted_from: int

@@ -11,6 +11,7 @@ import torch
 
 from melayer.errors import InputError
 from melayer.interventions.mask import WeMask
+from melayer.measurements.settings import LAYERS_COUNTED_FROM
 from melayer.model import hooks
 from melayer.model.subject import Subject
 from melayer.studies.answers.result import SIDES, AnswerPair, AnswersResult, Side
@@ -88,7 +89,7 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
             "system": system,
             "temperature": temperature,
             "seed": seed,
-            "layers_counted_from": 0,
+            "layers_counted_from": LAYERS_COUNTED_FROM,
         },
         mask=mask,
         answers=tuple(found),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from melayer.interventions.mask import WeMask
+from melayer.measurements.settings import LayerSettings
 from melayer.model.provenance import ModelInfo
 from melayer.version import __version__
 
@@ -13,7 +14,7 @@ Side = Literal["plain", "masked"]
 SIDES: tuple[Side, ...] = ("plain", "masked")
 
 
-class AnswersSettings(TypedDict):
+class AnswersSettings(LayerSettings):
     """Of `AnswersResult.settings`."""
 
     max_new_tokens: int
@@ -22,7 +23,6 @@ class AnswersSettings(TypedDict):
     system: str | None
     temperature: float
     seed: int
-    layers_counted_from: int
 
 
 @dataclass(frozen=True)

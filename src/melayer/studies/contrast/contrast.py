@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from melayer.data.texts import builtin_texts
@@ -11,6 +10,7 @@ from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.locate.locate import locate_on
 from melayer.measurements.rigidity.rigidity import rigidity_on
+from melayer.measurements.settings import criterion_settings
 from melayer.measurements.sinks.sinks import sinks_on
 from melayer.model.subject import Subject
 from melayer.runs.progress import Progress
@@ -93,7 +93,7 @@ def measure(  # noqa: PLR0913 - the options of its measurements, each by its nam
         "epsilon": epsilon,
         "n_first_tokens": n_first_tokens,
         "bos": bos,
-        "criterion": asdict(located.criterion),
+        "criterion": criterion_settings(located.criterion),
         "texts": texts_sha256(builtin_texts() if texts is None else texts),
     }
     return Measured(located, rigid, drawn, asked, mask)

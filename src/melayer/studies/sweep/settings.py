@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from melayer.measurements.settings import CriterionSettings, LayerSettings, WindowSettings
 
 
-class BosChoice(TypedDict):
-    """Whether sequences begin with the begin-of-sequence token."""
-
-    asked: bool | None
-    """None leaves it to the tokenizer."""
-    sequences_with_bos: int
-
-
-class SharedSettings(TypedDict):
+class SharedSettings(WindowSettings, LayerSettings):
     """What all masks of a sweep share."""
 
     strength: float
     layers: list[int] | None
     """The masked blocks; None for all with softmax attention after the ME layer."""
     seed: int
-    criterion: dict[str, Any]
-    texts: str
+    criterion: CriterionSettings
     texts_sha256: str
-    bos: BosChoice
-    layers_counted_from: int
 
 
 class SweepSettings(SharedSettings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,6 +12,7 @@ from melayer.errors import InputError, require_known
 from melayer.interventions.mask import Selector
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.locate.locate import locate_on
+from melayer.measurements.settings import LAYERS_COUNTED_FROM, bos_settings, criterion_settings, origin_of
 from melayer.model.subject import Subject
 from melayer.runs.progress import Bar, Progress
 from melayer.runs.resume_log import Entries, ResumeLog
@@ -158,11 +158,11 @@ def _shared(
         "strength": masks.strength,
         "layers": None if masks.layers is None else sorted({int(layer) for layer in masks.layers}),
         "seed": masks.seed,
-        "criterion": asdict(criterion),
-        "texts": "built-in" if texts is None else "given",
+        "criterion": criterion_settings(criterion),
+        "texts": origin_of(texts),
         "texts_sha256": texts_sha256(builtin_texts() if texts is None else texts),
-        "bos": {"asked": bos, "sequences_with_bos": sum(row.has_bos for row in rows)},
-        "layers_counted_from": 0,
+        "bos": bos_settings(rows, bos),
+        "layers_counted_from": LAYERS_COUNTED_FROM,
     }
 
 
