@@ -45,8 +45,8 @@ class Maxima:
         """The step size of each linear input, [] or [d]; None where each token has its own."""
         if granularity == "per-token":
             return None
-        found = self.without if left_out else self.whole
-        return tuple(scales(of.max() if granularity == "per-tensor" else of, format) for of in found)
+        maxima_of = self.without if left_out else self.whole
+        return tuple(scales(of.max() if granularity == "per-tensor" else of, format) for of in maxima_of)
 
 
 def maxima(
@@ -68,7 +68,7 @@ def maxima(
         max_batch_tokens: Tokens in one forward pass.
         progress: Called with the tokens done and the tokens in all.
     """
-    found: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] = ({}, {})
+    largest_of: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] = ({}, {})
     done = 0
     for batch in batches(rows, max_batch_tokens=max_batch_tokens):
         left_out = excluded[[row.index for row in batch.rows]].flatten()
@@ -79,7 +79,7 @@ def maxima(
                 return
             last[:] = [x]
             size = x.detach().reshape(-1, x.shape[-1]).abs()
-            for into, values in zip(found, (size, size.masked_fill(out.to(x.device)[:, None], 0)), strict=True):
+            for into, values in zip(largest_of, (size, size.masked_fill(out.to(x.device)[:, None], 0)), strict=True):
                 largest = values.amax(dim=0).float()
                 into[place] = torch.maximum(into[place], largest) if place in into else largest
 
@@ -88,7 +88,7 @@ def maxima(
         done += sum(batch.lengths)
         if progress is not None:
             progress(done, sum(map(len, rows)))
-    whole, without = (tuple(of[place].cpu() for place in range(len(inputs))) for of in found)
+    whole, without = (tuple(of[place].cpu() for place in range(len(inputs))) for of in largest_of)
     return Maxima(whole, without)
 
 
@@ -125,8 +125,8 @@ def write_scales(
     """
     tensors = {
         f"{of.key}/{name}": scale.clone()  # one for each map: a reader looks for its own
-        for of, found in sets.items()
-        for at, scale in zip(inputs, found, strict=True)
+        for of, steps in sets.items()
+        for at, scale in zip(inputs, steps, strict=True)
         for name in at.names
     }
     values = {

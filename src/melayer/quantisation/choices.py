@@ -56,9 +56,9 @@ class Choices:
         return len(self.formats) * len(self.granularities) * len(self.treatments)
 
 
-def _known(what: str, given: Sequence[str], names: tuple[Name, ...]) -> tuple[Name, ...]:
-    if not given:
+def _known(what: str, chosen: Sequence[str], names: tuple[Name, ...]) -> tuple[Name, ...]:
+    if not chosen:
         raise InputError(f"There is no {what} to measure. Give some of {', '.join(names)}.")
-    for name in given:
+    for name in chosen:
         require_known(name, names, f"There is no {what} {name!r}", expected="some of", suggest=True)
-    return tuple(known for name in dict.fromkeys(given) for known in names if known == name)
+    return tuple(known for name in dict.fromkeys(chosen) for known in names if known == name)

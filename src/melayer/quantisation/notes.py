@@ -34,15 +34,15 @@ def remarks(
 
 
 def _not_baked(elsewhere: Mapping[str, Elsewhere]) -> Iterator[str]:
-    for what, found in elsewhere.items():
-        if not found.n:
+    for what, massive in elsewhere.items():
+        if not massive.n:
             continue
-        one = found.n == 1
+        one = massive.n == 1
         if what == "calibration":
             then = "is left out of it" if one else "are left out of it"
         else:
             then = "saturates" if one else "saturate"
         yield (
-            f"{found.n} massive token{'' if one else 's'} of the {what} sequences, behind the prefix and so not "
-            f"baked, {then} ({found.n_tokens:,} tokens in all)."
+            f"{massive.n} massive token{'' if one else 's'} of the {what} sequences, behind the prefix and so not "
+            f"baked, {then} ({massive.n_tokens:,} tokens in all)."
         )

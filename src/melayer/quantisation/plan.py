@@ -40,23 +40,23 @@ class Plan:
         return self.active_mask if treatment in MASKED else None
 
 
-def planned(check: Check, choices: Choices, found: Emergence, mask: WeMask | None, options: MaskOptions) -> Plan:
+def planned(check: Check, choices: Choices, emerged: Emergence, mask: WeMask | None, options: MaskOptions) -> Plan:
     """The treatments of those chosen that can be measured.
 
     Args:
         check: What is run.
         choices: What is asked for.
-        found: Whether and where massive tokens emerge.
+        emerged: Whether and where massive tokens emerge.
         mask: The mask that was given; it fits the model.
         options: Of the mask that is made where none is given.
 
     Raises:
         InputError: A treatment was asked for by name that there is nothing for, or the mask cannot be made.
     """
-    plan = _possible(choices, _impossible(found, mask, check.sequences.prefix), mask)
+    plan = _possible(choices, _impossible(emerged, mask, check.sequences.prefix), mask)
     if mask is not None or not any(treatment in MASKED for treatment in plan.treatments):
         return plan
-    made = _made(check, found, options)
+    made = _made(check, emerged, options)
     try:
         require_fit(check.subject, check.parts, made)
     except InputError as error:
@@ -72,13 +72,13 @@ def require_fit(subject: Subject, parts: Mapping[str, str] | None, mask: WeMask)
         pass
 
 
-def _impossible(found: Emergence, mask: WeMask | None, prefix: tuple[int, ...]) -> dict[Treatment, str]:
+def _impossible(emerged: Emergence, mask: WeMask | None, prefix: tuple[int, ...]) -> dict[Treatment, str]:
     """Why which treatments have nothing to work on."""
     reasons: dict[Treatment, str] = {}
     if not prefix:
         no_token = "without a begin-of-sequence token there is no fixed first token to bake; give a prefix (--prefix)"
         reasons |= dict.fromkeys(BAKED, no_token)
-    if found.me_layer is None and mask is None:
+    if emerged.me_layer is None and mask is None:
         reasons |= dict.fromkeys(MASKED, "there is no ME layer in these texts, so there is nothing to mask")
     if mask is not None and mask.positions != "first":
         reasons["baked+mask"] = "only a mask on first tokens can be baked"
@@ -100,8 +100,8 @@ def _without_mask(plan: Plan, why: str) -> Plan:
     return Plan(unmasked, None, (*plan.notes, *notes))
 
 
-def _made(check: Check, found: Emergence, options: MaskOptions) -> WeMask:
-    assert found.me_layer is not None
+def _made(check: Check, emerged: Emergence, options: MaskOptions) -> WeMask:
+    assert emerged.me_layer is not None
     info = check.subject.info
     return WeMask(
         rate=options.rate,
@@ -109,7 +109,7 @@ def _made(check: Check, found: Emergence, options: MaskOptions) -> WeMask:
         strength=options.strength,
         layers=options.layers,
         seed=options.seed,
-        me_layer=found.me_layer,
-        massive_above=found.above,
+        me_layer=emerged.me_layer,
+        massive_above=emerged.above,
         made_for=MadeFor(info.family, info.n_layers, info.d_model, info.fingerprint),
     )

@@ -112,10 +112,10 @@ def quant_check(  # noqa: PLR0913 - the options of the command, each by its name
     criterion = criterion or Criterion()
     if mask is not None:
         require_fit(subject, parts, mask)
-    found = find_linear_inputs(decoder)
+    rounded = find_linear_inputs(decoder)
     sequences = check_sequences(subject, prefix_of(subject, prefix, bos), texts, calibration, T=T, n=n_sequences)
     bar = Bar(progress, _n_tokens(sequences, choices))
-    check = Check(subject, parts, found.inputs, sequences, criterion, max_batch_tokens, bar)
+    check = Check(subject, parts, rounded.inputs, sequences, criterion, max_batch_tokens, bar)
     emerged = emergence(
         decoder,
         sequences.calibration_rows,
@@ -133,7 +133,7 @@ def quant_check(  # noqa: PLR0913 - the options of the command, each by its name
     ]
     passes = run_passes(check, plan, settings, emerged, resume)
     given = _Given(choices, origin_of(texts), calibration is not None, bos)
-    return _result(check, given, plan, emerged, passes, found.notes)
+    return _result(check, given, plan, emerged, passes, rounded.notes)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class QuantCheckResult:
             "n_calibration": self.n_calibration,
             "n_predicted": self.n_predicted,
             "prefix": asdict(self.prefix),
-            "massive_elsewhere": {key: asdict(found) for key, found in self.elsewhere.items()},
+            "massive_elsewhere": {key: asdict(massive) for key, massive in self.elsewhere.items()},
             "unquantised": asdict(self.unquantised),
             "unquantised_mask": None if self.unquantised_mask is None else asdict(self.unquantised_mask),
             "inputs": [asdict(row) for row in self.inputs],
@@ -217,12 +217,12 @@ class QuantCheckResult:
     @property
     def changes(self) -> list[TreatmentEffect]:
         """For each format and granularity what baking and the mask change, where both sides were measured."""
-        found = []
+        effects = []
         for row in self.rows:
             change = row.by_mask if row.treatment == "baked+mask" else row.against_plain
             if change is not None and row.treatment in _CHANGED:
-                found.append(TreatmentEffect(row.format, row.granularity, _CHANGED[row.treatment], change))
-        return found
+                effects.append(TreatmentEffect(row.format, row.granularity, _CHANGED[row.treatment], change))
+        return effects
 
     def save(self, directory: str | Path) -> list[Path]:
         """Writes the scales of every static setting, and in a directory of its treatment's name each baked prefix.

@@ -33,7 +33,7 @@ class Rounding:
         """The forward pass of a batch runs inside; its tokens may be the last of each sequence only."""
         width = batch.ids.shape[1]
         excluded = self.excluded[[row.index for row in batch.rows], -width:].flatten()
-        found: dict[int, torch.Tensor] = {}
+        batch_sums: dict[int, torch.Tensor] = {}
         last: list[torch.Tensor] = []
 
         def change(place: int, x: torch.Tensor) -> torch.Tensor | None:
@@ -50,15 +50,15 @@ class Rounding:
             rounded = quantised(flat, scale, self.format)
             there = excluded.to(x.device)
             rows = [(rounded - flat).square_().sum(dim=-1), flat.square().sum(dim=-1)]
-            found[place] = torch.stack([of.where(keep, 0).sum() for keep in (~there, there) for of in rows])
+            batch_sums[place] = torch.stack([of.where(keep, 0).sum() for keep in (~there, there) for of in rows])
             last[:] = [x, rounded.reshape(x.shape).to(x.dtype)]
             return last[1]
 
         with hooks.edit(readers(self.inputs), change):
             yield
-        for device in {sums.device for sums in found.values()}:
-            places = [place for place, sums in found.items() if sums.device == device]
-            together = torch.stack([found[place] for place in places]).double().cpu()
+        for device in {sums.device for sums in batch_sums.values()}:
+            places = [place for place, sums in batch_sums.items() if sums.device == device]
+            together = torch.stack([batch_sums[place] for place in places]).double().cpu()
             for place, sums in zip(places, together, strict=True):
                 self.sums[place] = self.sums.get(place, 0) + sums
 

@@ -48,7 +48,7 @@ class Passes:
 
 
 def run_passes(
-    check: Check, plan: Plan, settings: Sequence[ScaleSet], found: Emergence, resume: str | Path | None
+    check: Check, plan: Plan, settings: Sequence[ScaleSet], emerged: Emergence, resume: str | Path | None
 ) -> Passes:
     """Runs everything but the first pass, which found the massive tokens.
 
@@ -56,7 +56,7 @@ def run_passes(
         check: What is run.
         plan: The treatments and their mask.
         settings: Which formats, granularities and treatments.
-        found: Where massive tokens emerge.
+        emerged: Where massive tokens emerge.
         resume: A file that finished settings are kept in, and that those finished before are read from.
 
     Raises:
@@ -67,8 +67,8 @@ def run_passes(
     with collected() as said:
         # Before any long run: whatever is wrong with a mask is wrong now.
         baked = _baked(check, plan)
-        calibrated = _calibrated(check, plan, found.flags)
-        flags, unquantised = _unquantised(check, scorer, found)
+        calibrated = _calibrated(check, plan, emerged.flags)
+        flags, unquantised = _unquantised(check, scorer, emerged)
         masked_score = None if plan.active_mask is None else _masked_score(check, scorer, plan.active_mask)
         log = ResumeLog.opened(ENTRIES, resume, _depends_on(check, plan))
         excluded = with_prefix(flags, check.sequences.n_prefix)
@@ -99,10 +99,10 @@ def _baked(check: Check, plan: Plan) -> dict[Treatment, BakedPrefix]:
 def _calibrated(check: Check, plan: Plan, flags: torch.Tensor) -> dict[bool, Maxima]:
     """The maxima of the linear inputs with and without the mask, as far as the treatments need them."""
     excluded = with_prefix(flags, check.sequences.n_prefix)
-    found: dict[bool, Maxima] = {}
+    by_mask: dict[bool, Maxima] = {}
     for masked in sorted({treatment in MASKED for treatment in plan.treatments}):
         with check.under(plan.active_mask if masked else None):
-            found[masked] = maxima(
+            by_mask[masked] = maxima(
                 check.decoder,
                 check.linear_inputs,
                 check.sequences.calibration_rows,
@@ -110,13 +110,13 @@ def _calibrated(check: Check, plan: Plan, flags: torch.Tensor) -> dict[bool, Max
                 max_batch_tokens=check.max_batch_tokens,
                 progress=check.bar.part(check.sequences.calibration_tokens),
             )
-    return found
+    return by_mask
 
 
-def _unquantised(check: Check, scorer: Scorer, found: Emergence) -> tuple[torch.Tensor, PerplexityScore]:
+def _unquantised(check: Check, scorer: Scorer, emerged: Emergence) -> tuple[torch.Tensor, PerplexityScore]:
     rows, part = check.sequences.evaluation_rows, check.bar.part(check.sequences.evaluation_tokens)
     flags = massive_tokens(
-        check.decoder, rows, found.me_layer, found.above, max_batch_tokens=check.max_batch_tokens
+        check.decoder, rows, emerged.me_layer, emerged.above, max_batch_tokens=check.max_batch_tokens
     )  # fmt: skip
     score = scorer.score(part)
     require_finite(score)
@@ -161,8 +161,8 @@ class _SettingRunner:
 
     def scales(self, setting: ScaleSet) -> tuple[torch.Tensor, ...] | None:
         """The step of each linear input; None where each token has its own."""
-        measured = self.calibrated[setting.treatment in MASKED]
-        return measured.scales(setting.format, setting.granularity, left_out=setting.treatment in BAKED)
+        maxima_of = self.calibrated[setting.treatment in MASKED]
+        return maxima_of.scales(setting.format, setting.granularity, left_out=setting.treatment in BAKED)
 
     def run(self, setting: ScaleSet, progress: Progress | None) -> tuple[Setting, list[str]]:
         """Its score and errors, and what was warned of meanwhile."""
@@ -172,7 +172,7 @@ class _SettingRunner:
         with collected() as said, self.check.under(mask):
             score = self.scorer.score(progress, rounding, self.baked.get(setting.treatment))
         error, error_excluded = rounding.errors()
-        found = Setting(
+        measured = Setting(
             setting.format, setting.granularity, setting.treatment, score, None, None, None, error, error_excluded
         )
-        return found, [f"{found.label}: {text}" for text in said]
+        return measured, [f"{measured.label}: {text}" for text in said]

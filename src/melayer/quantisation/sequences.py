@@ -48,29 +48,30 @@ class CheckSequences:
         return self.T * len(self.evaluation_rows)
 
 
-def prefix_of(subject: Subject, given: Sequence[int] | None, bos: bool | None) -> tuple[int, ...]:
+def prefix_of(subject: Subject, ids: Sequence[int] | None, bos: bool | None) -> tuple[int, ...]:
     """The ids that every sequence begins with.
 
     Args:
         subject: The model and its tokenizer.
-        given: The ids; None for the begin-of-sequence token.
+        ids: The ids that were given; None for the begin-of-sequence token.
         bos: Whether that comes first, where none are given; None: if the tokenizer has one.
 
     Raises:
         InputError: An id is not the model's, none is given, or the tokenizer has no begin-of-sequence token.
     """
     bos_id = subject.tokenizer.bos_token_id
-    if given is None:
+    if ids is None:
         if bos and bos_id is None:
             raise InputError("This tokenizer has no begin-of-sequence token. Give a prefix, or leave the choice to it.")
         return () if bos is False or bos_id is None else (int(bos_id),)
-    ids, size = tuple(int(token) for token in given), subject.model.get_input_embeddings().weight.shape[0]
-    for token in ids:
+    size = subject.model.get_input_embeddings().weight.shape[0]
+    prefix = tuple(int(token) for token in ids)
+    for token in prefix:
         if not 0 <= token < size:
             raise InputError(f"The prefix has id {token}, but the model has tokens 0 to {size - 1}.")
-    if not ids:
+    if not prefix:
         raise InputError("The prefix is empty. Give at least one token, or none at all for the tokenizer's own.")
-    return ids
+    return prefix
 
 
 def check_sequences(
@@ -98,13 +99,13 @@ def check_sequences(
     _check_length(subject, len(prefix), T, n)
     tokenizer, texts = subject.tokenizer, builtin_texts() if texts is None else texts
     if calibration is None:
-        found = cut(tokenizer, texts, prefix, T, 2 * n)
-        if len(found) < 2:
+        both = cut(tokenizer, texts, prefix, T, 2 * n)
+        if len(both) < 2:
             raise InputError(
                 f"The texts make one sequence of T = {T} tokens; expected at least two, one to calibrate with and one "
                 "to predict. Give longer texts, a smaller T, or calibration texts."
             )
-        calibration_rows, evaluation_rows = _numbered(found[::2]), _numbered(found[1::2])
+        calibration_rows, evaluation_rows = _numbered(both[::2]), _numbered(both[1::2])
     else:
         calibration_rows = cut(tokenizer, calibration, prefix, T, n)
         evaluation_rows = cut(tokenizer, texts, prefix, T, n)
@@ -127,21 +128,21 @@ def cut(
     Raises:
         InputError: No text is long enough.
     """
-    found: list[Row] = []
+    rows: list[Row] = []
     longest, step = 0, T - len(prefix)
     for row in encode(tokenizer, texts, max_tokens=sys.maxsize, bos=False):
         longest = max(longest, len(row))
         for start in range(0, len(row) - step + 1, step):
             ids = (*prefix, *row.ids[start : start + step])
-            found.append(replace(row, index=len(found), ids=ids, tokens=(), has_bos=False))
-            if len(found) == n:
-                return tuple(found)
-    if not found:
+            rows.append(replace(row, index=len(rows), ids=ids, tokens=(), has_bos=False))
+            if len(rows) == n:
+                return tuple(rows)
+    if not rows:
         raise InputError(
             f"No text has the {step} tokens that a sequence of T = {T} takes behind the prefix; the longest has "
             f"{longest}. Give longer texts, or a T of at most {longest + len(prefix)}."
         )
-    return tuple(found)
+    return tuple(rows)
 
 
 def sha256_of(rows: Sequence[Row]) -> str:

@@ -8,17 +8,17 @@ if TYPE_CHECKING:
     from melayer.measurements.sinks.result import SinksResult
 
 
-def sink_rate_after(found: SinksResult, layer: int | None) -> float | None:
+def sink_rate_after(drawn: SinksResult, layer: int | None) -> float | None:
     """The share of (sequence, block, head) that are sinks, over the blocks after one.
 
     Args:
-        found: What `sinks` found.
+        drawn: What `sinks` found.
         layer: The block, also where the measured model's ME layer is another; None for all blocks.
 
     Returns:
         The share; None where none of these blocks has softmax attention.
     """
-    by_layer = list(zip(found.rate_by_layer, found.alpha, strict=True))[0 if layer is None else layer + 1 :]
+    by_layer = list(zip(drawn.rate_by_layer, drawn.alpha, strict=True))[0 if layer is None else layer + 1 :]
     # Blocks may have other numbers of heads.
     rates = [(rate, len(alpha)) for rate, alpha in by_layer if rate is not None and alpha is not None]
     n_heads = sum(heads for _, heads in rates)

@@ -72,7 +72,7 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
     rows = [prompt_ids(tokenizer, prompt, templated, system) for prompt in prompts]
     _check_length(subject, max(map(len, rows)), max_new_tokens)
     decoding = _Decoding(max_new_tokens, temperature, seed)
-    found = []
+    pairs = []
     for place, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         ids: dict[Side, list[int]] = {}
         for side in SIDES:
@@ -80,7 +80,7 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
             with hooks.measuring(model), mask.apply(model) if side == "masked" else nullcontext():
                 ids[side] = _generate(subject, row, decoding, streamer)
         plain, masked = (tokenizer.decode(ids[side], skip_special_tokens=True) for side in SIDES)
-        found.append(AnswerPair(prompt, len(row), plain, masked, first_difference(ids["plain"], ids["masked"])))
+        pairs.append(AnswerPair(prompt, len(row), plain, masked, first_difference(ids["plain"], ids["masked"])))
     return AnswersResult(
         model=subject.info,
         settings={
@@ -92,7 +92,7 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
             "layers_counted_from": LAYERS_COUNTED_FROM,
         },
         mask=mask,
-        answers=tuple(found),
+        answers=tuple(pairs),
     )
 
 

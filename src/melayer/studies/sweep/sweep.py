@@ -138,8 +138,8 @@ def check_grid(rates: Sequence[float], selectors: Sequence[str]) -> list[Key]:
     Raises:
         InputError: There is no rate or no selector, or one of them is none.
     """
-    for what, given in (("rates", rates), ("selectors", selectors)):
-        if not given:
+    for what, values in (("rates", rates), ("selectors", selectors)):
+        if not values:
             raise InputError(f"There are no {what} to sweep over. Give at least one.")
     for rate in rates:
         if not 0 <= rate <= 1:
