@@ -63,14 +63,8 @@ from .measurements.sinks.sinks import sinks as sinks
 from .quantisation.quant_check import quant_check as quant_check
 from .quantisation.report import write_quant_report as write_quant_report
 from .quantisation.result import QuantCheckResult as QuantCheckResult
-from .studies.answers.answers import AnswersResult as AnswersResult
 from .studies.answers.answers import answers as answers
-from .studies.contrast.contrast import (
-    ContrastResult as ContrastResult,
-)
-from .studies.contrast.contrast import (
-    Measured as Measured,
-)
+from .studies.answers.result import AnswersResult as AnswersResult
 from .studies.contrast.contrast import (
     contrast as contrast,
 )
@@ -78,6 +72,12 @@ from .studies.contrast.contrast import (
     measure as measure,
 )
 from .studies.contrast.report import write_contrast_report as write_contrast_report
+from .studies.contrast.result import (
+    ContrastResult as ContrastResult,
+)
+from .studies.contrast.result import (
+    Measured as Measured,
+)
 from .studies.overview import write_report as write_report
 from .studies.sweep.result import SweepResult as SweepResult
 from .studies.sweep.sweep import sweep as sweep

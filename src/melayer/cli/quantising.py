@@ -29,19 +29,14 @@ def run_quant_check(
     """Loads, measures under a bar, writes, prints."""
     from melayer.data.texts import read_texts
     from melayer.interventions.mask import WeMask
-    from melayer.numerics.grids import FORMATS
     from melayer.presentation.page import check_writable
-    from melayer.quantisation.calibration import GRANULARITIES
-    from melayer.quantisation.quant_check import FILE, known, quant_check
+    from melayer.quantisation.choices import Choices
+    from melayer.quantisation.quant_check import FILE, quant_check
     from melayer.quantisation.report import write_quant_report
-    from melayer.quantisation.result import TREATMENTS
     from melayer.quantisation.table import show_quant_check
 
     # Whatever is wrong with these is wrong before the model is loaded, too.
-    known("format", given["formats"], FORMATS)
-    known("granularity", given["granularities"], GRANULARITIES)
-    if given["treatments"] is not None:
-        known("treatment", given["treatments"], TREATMENTS)
+    Choices.of(given["formats"], given["granularities"], given["treatments"])
     chosen = {key: given[key] for key in ("rate", "selector", "strength", "seed")}
     WeMask(**chosen, me_layer=0)
     shared, blocks = options.arguments(), blocks_of("--layers", layers)

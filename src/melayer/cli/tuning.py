@@ -21,7 +21,7 @@ from melayer.errors import InputError
 if TYPE_CHECKING:
     from melayer.interventions.load import Loaded
     from melayer.interventions.mask import WeMask
-    from melayer.studies.contrast.contrast import Measured
+    from melayer.studies.contrast.result import Measured
     from melayer.tuning.rows import Method
 
 

@@ -22,7 +22,8 @@ from melayer.presentation.sections import (
     label,
     rounded,
 )
-from melayer.quantisation.result import TREATMENTS, QuantCheckResult, Setting, shown
+from melayer.quantisation.result import QuantCheckResult, Setting, shown
+from melayer.quantisation.treatments import TREATMENTS
 
 if TYPE_CHECKING:
     from melayer.quantisation.result import QuantCheckResult

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from melayer.studies.answers.answers import AnswersResult, Side, Stream
+    from melayer.studies.answers.result import AnswersResult, Side
+    from melayer.studies.answers.streaming import Stream
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from melayer.presentation.page import Written, _one_section, check_writable
 from melayer.presentation.sections import BLUE, VERMILLION, Plot, Section, Table, number, rounded
 
 if TYPE_CHECKING:
-    from melayer.studies.contrast.contrast import ContrastResult, Figure
+    from melayer.studies.contrast.result import ContrastResult, Figure
 
 
 def section(result: ContrastResult) -> Section:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from melayer.presentation.tables import number, table
 
 if TYPE_CHECKING:
-    from melayer.studies.contrast.contrast import ContrastResult
+    from melayer.studies.contrast.result import ContrastResult
 
 
 def show_contrast(result: ContrastResult, console: Console) -> None:
