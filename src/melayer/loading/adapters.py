@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "adapter_config.json"
-_RUN = "melayer_tune.json"
+RUN_FILE = "melayer_tune.json"
+"""What a training run says of itself, in its directory."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def find(name: str) -> Adapter | None:
         return None
     values = _read(directory / FILE)
     # A checkpoint of a run has the run's own record above it.
-    record = next((place / _RUN for place in (directory, directory.parent) if (place / _RUN).is_file()), None)
+    record = next((place / RUN_FILE for place in (directory, directory.parent) if (place / RUN_FILE).is_file()), None)
     model = {} if record is None else _read(record).get("settings", {}).get("model", {})
     return Adapter(directory, model.get("name") or values.get("base_model_name_or_path"), model.get("fingerprint"))
 
