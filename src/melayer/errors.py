@@ -41,18 +41,26 @@ class MelayerWarning(UserWarning):
     """Something that does not make the answer wrong, but that its reader has to know."""
 
 
-def require_known(given: str, known: Iterable[str], said: str, *, expected: str = "one of") -> None:
-    """Raises InputError unless the name that was given is one of those that there are.
+def require_known(
+    given: str,
+    known: Iterable[str],
+    said: str,
+    *,
+    expected: str = "one of",
+    error: type[MelayerError] = InputError,
+) -> None:
+    """Raises InputError, or another `error`, unless the name that was given is one of those that there are.
 
     Args:
         given: The name.
         known: Those that there are, in the order in which they are listed.
         said: How the message begins, for example "There is no format 'int3'".
         expected: `one of`, or `some of` where several can be given.
+        error: What is raised.
     """
     names = list(known)
     if given not in names:
-        raise InputError(f"{said}; expected {expected} {', '.join(names)}.")
+        raise error(f"{said}; expected {expected} {', '.join(names)}.")
 
 
 def first_line(error: BaseException) -> str:

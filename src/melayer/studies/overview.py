@@ -7,7 +7,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import InputError
 from melayer.measurements.explain.report import section as explain_section
 from melayer.measurements.explain.result import ExplainResult
 from melayer.measurements.locate.report import section as locate_section
@@ -16,7 +15,7 @@ from melayer.measurements.rigidity.report import section as rigidity_section
 from melayer.measurements.rigidity.result import RigidityResult
 from melayer.measurements.sinks.report import section as sinks_section
 from melayer.measurements.sinks.result import SinksResult
-from melayer.model.provenance import versions
+from melayer.model.provenance import require_same_model, versions
 from melayer.presentation.page import Written, _write, check_writable, render
 from melayer.presentation.sections import Section
 from melayer.studies.sweep.report import section as sweep_section
@@ -67,10 +66,12 @@ def write_report(
     check_writable(out)
     missing = dict(not_measured or {})
     for given in (explain, rigidity, sinks, sweep):
-        if given is not None and given.model.fingerprint != result.model.fingerprint:
-            raise InputError(
+        if given is not None:
+            require_same_model(
+                result.model.fingerprint,
+                given.model.fingerprint,
                 f"The {type(given).__name__} is of another model (fingerprint {given.model.fingerprint}) than the "
-                f"LocateResult ({result.model.fingerprint}). Give results of one model."
+                f"LocateResult ({result.model.fingerprint}). Give results of one model.",
             )
     sections = [locate_section(result)]
     if explain is not None:

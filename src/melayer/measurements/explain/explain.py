@@ -36,7 +36,7 @@ from melayer.model import hooks, wiring
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
 from melayer.model.isolated_block import BlockAlone, Called
-from melayer.model.provenance import describe
+from melayer.model.provenance import describe, require_same_model
 from melayer.runs.progress import Progress
 
 if TYPE_CHECKING:
@@ -129,11 +129,13 @@ def explain(
     same = [(row.n_tokens, row.first_token, row.text[:79]) for row in located.sequences] == [
         (len(row), row.tokens[0], row.text[:79]) for row in rows
     ]
-    if located.model.fingerprint != info.fingerprint or not same:
-        raise InputError(
-            "The located result is of another model or of other texts. Give the same model, texts, bos and max_tokens "
-            "as to locate, or leave `located` out."
-        )
+    other = (
+        "The located result is of another model or of other texts. Give the same model, texts, bos and max_tokens "
+        "as to locate, or leave `located` out."
+    )
+    require_same_model(located.model.fingerprint, info.fingerprint, other)
+    if not same:
+        raise InputError(other)
     wanted = _wanted(layers, located)
     chosen = _chosen(located, rows, max_texts)
     notes, found = [], {layer: list[BlockOnText]() for layer in wanted}

@@ -20,7 +20,7 @@ from melayer.measurements.rigidity.result import EffectiveRank, RigidityResult
 from melayer.model import hooks, wiring
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
-from melayer.model.provenance import ModelInfo, describe
+from melayer.model.provenance import ModelInfo, describe, require_same_model
 from melayer.runs.progress import Progress
 
 if TYPE_CHECKING:
@@ -207,11 +207,12 @@ def _row(index: int, ids: tuple[int, ...]) -> Row:
 
 
 def _check_subject(located: LocateResult, info: ModelInfo, rows: Sequence[Row]) -> None:
-    if located.model.fingerprint != info.fingerprint:
-        raise InputError(
-            f"The located result is of another model (fingerprint {located.model.fingerprint}, this one's is "
-            f"{info.fingerprint}). Run locate on this model, or leave `located` out."
-        )
+    require_same_model(
+        located.model.fingerprint,
+        info.fingerprint,
+        f"The located result is of another model (fingerprint {located.model.fingerprint}, this one's is "
+        f"{info.fingerprint}). Run locate on this model, or leave `located` out.",
+    )
     if [(s.n_tokens, s.text[:79]) for s in located.sequences] != [(len(row), row.text[:79]) for row in rows]:
         raise InputError(
             f"The located result is of other texts ({len(located.sequences)} texts, {located.settings['n_tokens']} "
