@@ -16,7 +16,7 @@ import toys
 from masked import ME, ROWS, TEXT, close, logits, mask_of, model_of, n_hooks, padded, state
 from melayer.errors import InputError, MelayerWarning, OutputError
 from melayer.interventions.mask import MadeFor, WeMask
-from melayer.loading.checkpoint import MASK_FILE
+from melayer.loading.source import MASK_FILE
 from melayer.model import hooks, wiring
 
 SOFTMAX = {family: range(toys.N_LAYERS) for family in toys.FAMILIES} | dict.fromkeys(toys.HYBRID, (3, 7))

@@ -15,7 +15,7 @@ import torch
 
 from melayer.data.rows import Batch, Row, batches, token_text
 from melayer.errors import InputError, collected
-from melayer.interventions.apply import free
+from melayer.interventions.apply import require_unmasked
 from melayer.interventions.baked_prefix import BakedPrefix
 from melayer.interventions.mask import MadeFor, Selector, WeMask
 from melayer.measurements.criterion import Criterion, find_me_layer
@@ -137,7 +137,7 @@ def quant_check(
         known("granularity", granularities, GRANULARITIES),
         known("treatment", TREATMENTS if treatments is None else treatments, TREATMENTS),
     ]
-    decoder = free(model, parts)
+    decoder = require_unmasked(model, parts)
     if mask is not None:
         with collected(), mask.apply(model, parts=parts):
             pass

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import nn
 
 from melayer.errors import InputError, MelayerWarning
-from melayer.interventions.apply import free
+from melayer.interventions.apply import require_unmasked
 from melayer.interventions.mask import WeMask
 from melayer.loading import adapters
 from melayer.model.provenance import ModelInfo, describe, versions
@@ -79,7 +79,7 @@ def run(
     if asked.reference not in get_args(Reference):
         raise InputError(f"reference is {asked.reference!r}; expected one of {', '.join(get_args(Reference))}.")
     started = time.monotonic()
-    decoder = free(model, asked.parts)
+    decoder = require_unmasked(model, asked.parts)
     info = describe(decoder, asked.name)
     mask = None if asked.mask is None else asked.mask.fixed(model, parts=asked.parts)
     given = training_config.read(Path(asked.config)) if isinstance(asked.config, (str, Path)) else asked.config or {}

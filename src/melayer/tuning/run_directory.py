@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from melayer.errors import InputError, OutputError
+from melayer.loading import adapters
 from melayer.runs import jsonl
 from melayer.tuning import checkpoints
 from melayer.version import __version__
 
-FILE = "melayer_tune.json"
+FILE = adapters.RUN_RECORD
 """What a run says of itself: written when it begins, and whole when it is finished."""
 LOG = "log.jsonl"
 
