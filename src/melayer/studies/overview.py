@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melayer.errors import InputError
 from melayer.measurements.explain import report as explain_report
 from melayer.measurements.locate import report as locate_report
 from melayer.measurements.rigidity import report as rigidity_report
 from melayer.measurements.sinks import report as sinks_report
-from melayer.model.provenance import versions
+from melayer.model.provenance import require_same_model, versions
 from melayer.presentation.page import Facts, Page, Written, versions_fact, write_page
 from melayer.presentation.sections import Section
 from melayer.studies.sweep import report as sweep_report
@@ -62,10 +61,12 @@ def write_report(  # noqa: PLR0913 - each measurement by its name
         >>> melayer.write_report(result, "out")  # doctest: +SKIP
     """
     for other in (explain, rigidity, sinks, sweep):
-        if other is not None and other.model.fingerprint != result.model.fingerprint:
-            raise InputError(
+        if other is not None:
+            require_same_model(
+                result.model.fingerprint,
+                other.model.fingerprint,
                 f"The {type(other).__name__} is of another model (fingerprint {other.model.fingerprint}) than the "
-                f"LocateResult ({result.model.fingerprint}). Give results of one model."
+                f"LocateResult ({result.model.fingerprint}). Give results of one model.",
             )
     sections, values = [locate_report.section(result)], {"locate": result.to_dict()}
     if explain is not None:
