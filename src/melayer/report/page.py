@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,7 @@ def write_report(
         sections.append(sweep_section(sweep))
     sections += [Section(key, _TITLES[key], f"Not measured. {reason}", ()) for key, reason in missing.items()]
     provenance = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "device": device,
         "weights_sha256": weights or {},
@@ -300,7 +300,7 @@ def _one_section(
     command: str | None,
 ) -> Written:
     """A page of one section, with when and by which command it was made."""
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
     facts = [*facts, ("Made", date), *([("Command", command)] if command else [])]
     provenance = {"date": date, "command": command}
     page = render([section], name, notes, facts)

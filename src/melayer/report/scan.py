@@ -146,7 +146,7 @@ def _histograms(part: Part) -> Plot | None:
     shares = np.zeros((len(at), len(octaves)))
     for line, (_, number_) in enumerate(at):
         np.add.at(shares[line], begins - octaves[0], census.counts[number_] / max(census.counts[number_].sum(), 1))
-    used = shares.any(axis=0).nonzero()[0]
+    used = np.flatnonzero(shares.any(axis=0))
     columns = slice(used.min(), used.max() + 1)
     logs = np.full_like(shares, math.nan)
     np.log10(shares, out=logs, where=shares > 0)
