@@ -5,12 +5,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+SDIST := build/sdist-test
 DEMO := tools/demo-requirements.txt
 # Compiling every module to bytecode takes longer than the demo's imports: Python compiles those few as it reads them.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-matrix lint format demo-model clean
+.PHONY: demo test sdist-test test-matrix lint format demo-model clean
 
 # torch goes in first and by itself: pulled in by another package it would be whatever build that package asks for.
 $(VENV)/core-installed: pyproject.toml Makefile tools/install_torch.py
@@ -37,6 +38,13 @@ demo: demo-model
 test: $(VENV)/dev-installed demo-model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+# The tests once more, from the source distribution, unpacked where nothing else lies. TESTS names some of them.
+sdist-test: $(VENV)/dev-installed demo-model
+	rm -rf $(SDIST) && mkdir -p $(SDIST)/unpacked
+	$(BIN)/python -m build --quiet --sdist --outdir $(SDIST)
+	tar -xzf $(SDIST)/melayer-*.tar.gz --strip-components=1 -C $(SDIST)/unpacked
+	cd $(SDIST)/unpacked && PYTHONPATH=$$PWD/src OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -n auto $(TESTS)
+
 # Every supported Python with the oldest and the newest dependencies; noxfile.py says how. It takes hours and gigabytes.
 test-matrix: $(VENV)/dev-installed
 	$(BIN)/nox
@@ -52,4 +60,4 @@ format: $(VENV)/dev-installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-report
+	rm -rf $(VENV) .nox build demo-report

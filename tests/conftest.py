@@ -64,4 +64,5 @@ def _own_warnings_are_errors():
 @pytest.fixture
 def python():
     """The interpreter and an environment in which the tests' own modules can be imported."""
-    return sys.executable, {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return sys.executable, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
