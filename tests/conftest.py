@@ -9,6 +9,7 @@ os.environ["TQDM_DISABLE"] = "1"
 import pytest
 from transformers.utils import logging
 
+import melayer
 import toys
 from melayer import models
 from melayer.errors import ModelError
@@ -63,5 +64,6 @@ def _own_warnings_are_errors():
 
 @pytest.fixture
 def python():
-    """The interpreter and an environment in which the tests' own modules can be imported."""
-    return sys.executable, {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    """The interpreter and an environment in which it imports the tests' own modules and the very package under test."""
+    places = [str(Path(__file__).parent), str(Path(melayer.__file__).parents[1])]
+    return sys.executable, {**os.environ, "PYTHONPATH": os.pathsep.join(places)}

@@ -57,7 +57,12 @@ def main(out: str, methods: list[str]) -> None:
         rows = {"sft": tuning.answers, "dpo": tuning.pairs}[method]()
         directory = Path(out) / method
         result = getattr(melayer, method)(
-            tuning.model(), toys.tokenizer(), rows, out=directory, mask=tuning.mask(), config=tuning.small(max_steps=5)
+            tuning.model(),
+            toys.tokenizer(),
+            rows,
+            out=directory,
+            mask=tuning.mask(),
+            config=tuning.descending(max_steps=5),
         )
         if os.environ["RANK"] == "0":
             (directory / "seen.json").write_text(json.dumps({**kinds, "notes": list(result.notes)}))
