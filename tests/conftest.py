@@ -1,4 +1,6 @@
 import os
+import resource
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -60,6 +62,20 @@ def _own_warnings_are_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error", MelayerWarning)
         yield
+
+
+@pytest.fixture
+def room():
+    """Limits the size of every file that this process writes, in bytes: what a full disk does to a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(n_bytes):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if n_bytes is None else n_bytes, hard))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.fixture
