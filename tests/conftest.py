@@ -1,3 +1,4 @@
+import gc
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
 from transformers.utils import logging
 
 import melayer
@@ -18,6 +20,15 @@ from melayer.errors import ModelError
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+# No example is too slow: it says something of the machine and its other jobs.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+
+def pytest_collection_finish():
+    """Millions of objects are imported by now, and stay: each collection of garbage would look through them all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -267,6 +267,7 @@ def test_what_is_left_out_is_counted_once_however_often_it_is_stopped(model, tmp
                 raise StopError
 
         options = {"max_batch_tokens": 1, "checkpoint_seconds": 0, "store": tmp_path / str(after)}
+        options["sites"] = ["block_out"]
         with pytest.raises(StopError):
             run(model, str(path), progress=stop, **options)
         result = run(model, str(path), **options)
