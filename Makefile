@@ -34,9 +34,10 @@ demo: demo-model
 	$(BIN)/melayer locate demo
 	$(BIN)/melayer report demo --out demo-report
 
-# One thread for each worker: with more, the workers' threads wait for one another most of the time.
+# One thread for each worker: with more, the workers' threads wait for one another most of the time. A worker that has
+# nothing left takes the last tests of another, so that those of one file stay together as far as can be.
 test: $(VENV)/dev-installed demo-model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=20
 
 # The tests once more, from the source distribution, unpacked where nothing else lies. TESTS names some of them.
 sdist-test: $(VENV)/dev-installed demo-model
@@ -54,6 +55,7 @@ lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
