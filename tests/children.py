@@ -1,8 +1,8 @@
 """Processes that tests kill, stop or let meet, quickly: forked off a server that has imported everything once.
 
 A start from nothing imports torch, transformers and TRL for five seconds each time. What a process is when somebody
-types a command is tested where that is the question: cli/test_measuring.py, test_distributed.py, test_frugal.py, test_package.py
-and one of the launchers in test_scan.py.
+types a command is tested where that is the question: cli/test_measuring.py, test_distributed.py, test_frugal.py,
+test_package.py and one of the launchers in test_scan.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from melayer.evaluate import evaluate
-from melayer.scan import scan
 
-from melayer import cli, trainers
+from melayer import cli
+from melayer.census.scan import scan
+from melayer.evaluation.evaluate import evaluate
+from melayer.tuning import trainers
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([trainers.__name__, evaluate.__module__, scan.__module__])
