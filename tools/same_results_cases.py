@@ -215,7 +215,7 @@ def _scanning() -> list[Case]:
     }
     found = [_case(f"scan-{name}", command) for name, command in commands.items()]
     kept = (*given, "--out", OUT, "--category", "kind")
-    return [*found, _case("scan-goes-on", (*kept, "--limit", "4"), kept, (*kept, "--sites", "block_out"))]
+    return [*found, _case("scan-goes-on", kept, kept, (*kept, "--sites", "block_out"))]
 
 
 def _printed() -> list[Case]:
