@@ -43,7 +43,7 @@ def sharded() -> None:
 def main(out: str, methods: list[str]) -> None:
     sharded()
     kinds = {}
-    begun = trainers._Run.on_train_begin
+    begun = trainers.RunCallback.on_train_begin
 
     def look(self, args, state, control, **more):
         begun(self, args, state, control, **more)
@@ -52,7 +52,7 @@ def main(out: str, methods: list[str]) -> None:
         kinds["parameters"] = sorted({type(p).__name__ for p in model.parameters()})
         kinds["wrapped"] = sorted(name for name in wrapped if name.startswith("FSDP"))
 
-    trainers._Run.on_train_begin = look
+    trainers.RunCallback.on_train_begin = look
     for method in methods:
         rows = {"sft": small_runs.answers, "dpo": small_runs.pairs}[method]()
         directory = Path(out) / method

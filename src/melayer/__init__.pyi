@@ -32,6 +32,7 @@ from .evaluation.select import compare_runs as compare_runs
 from .evaluation.select import select as select
 from .evaluation.tasks import load_tasks as load_tasks
 from .interventions.baked_prefix import BakedPrefix as BakedPrefix
+from .interventions.baked_prefix import fixed_prefix as fixed_prefix
 from .interventions.comparators import (
     CapWrite as CapWrite,
 )
@@ -47,7 +48,6 @@ from .interventions.comparators import (
 from .interventions.load import Loaded as Loaded
 from .interventions.load import load as load
 from .interventions.mask import WeMask as WeMask
-from .interventions.mask import fixed_prefix as fixed_prefix
 from .measurements.criterion import Criterion as Criterion
 from .measurements.explain.explain import explain as explain
 from .measurements.explain.result import ExplainResult as ExplainResult

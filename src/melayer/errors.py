@@ -43,9 +43,15 @@ class MelayerWarning(UserWarning):
 
 
 def require_known(
-    given: str, known: Iterable[str], said: str, *, expected: str = "one of", suggest: bool = False
+    given: str,
+    known: Iterable[str],
+    said: str,
+    *,
+    expected: str = "one of",
+    suggest: bool = False,
+    error: type[MelayerError] = InputError,
 ) -> None:
-    """Raises InputError unless the name that was given is one of those that there are.
+    """Raises InputError, or another `error`, unless the name that was given is one of those that there are.
 
     Args:
         given: The name.
@@ -53,12 +59,13 @@ def require_known(
         said: How the message begins, for example "There is no format 'int3'".
         expected: `one of`, or `some of` where several can be given.
         suggest: Whether the message ends with the known name that is most like the one given, if one is like it.
+        error: What is raised.
     """
     names = list(known)
     if given not in names:
         near = difflib.get_close_matches(str(given), names, 1) if suggest else []
         meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"{said}; expected {expected} {', '.join(names)}.{meant}")
+        raise error(f"{said}; expected {expected} {', '.join(names)}.{meant}")
 
 
 def first_line(error: BaseException) -> str:

@@ -101,7 +101,7 @@ def test_without_planting_none_is_found(family, tmp_path):
 def test_each_block_holds_the_weights_of_a_plain_load(family, tmp_path, monkeypatch):
     name = saved(tmp_path, family)
     truth, seen = dict(melayer.load(name).model.named_parameters()), {}
-    drop = streaming._Stream._drop
+    drop = streaming.Stream._drop
 
     def look(self, group, output):
         prefix, block = self._blocks[group]
@@ -109,7 +109,7 @@ def test_each_block_holds_the_weights_of_a_plain_load(family, tmp_path, monkeypa
         drop(self, group, output)
         assert all(p.device.type == "meta" for p in block.parameters())
 
-    monkeypatch.setattr(streaming._Stream, "_drop", look)
+    monkeypatch.setattr(streaming.Stream, "_drop", look)
     melayer.locate_frugal(name, texts=[CONTEXT])
     assert len({key.split(".")[2] for key in seen}) == toys.N_LAYERS
     assert all(torch.equal(truth[key], value) for key, value in seen.items())
@@ -138,7 +138,7 @@ def test_many_texts_read_the_file_more_than_once(tmp_path):
 def test_states_that_take_too_much_are_made_again(tmp_path, monkeypatch):
     name = saved(tmp_path, writes=[(1, 7, 2000.0), (2, 7, -2000.0), (5, 7, 9000.0)])
     monkeypatch.setattr(frugal, "KEPT_BYTES", 0)
-    monkeypatch.setattr(streaming._Stream, "block_bytes", 0)
+    monkeypatch.setattr(streaming.Stream, "block_bytes", 0)
     again = melayer.locate_frugal(name, texts=TEXTS)
     assert again.erased_at == (2,)
     assert_same(figures(again), figures(whole(name)))

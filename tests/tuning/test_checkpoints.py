@@ -49,14 +49,14 @@ def main(method: str, out: str, lora: str, when: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if when == "between":
-        seen = trainers._Run.on_log
+        seen = trainers.RunCallback.on_log
 
         def on_log(self, args, state, control, **more):
             seen(self, args, state, control, **more)
             if state.global_step >= 5:
                 kill()
 
-        trainers._Run.on_log = on_log
+        trainers.RunCallback.on_log = on_log
     elif when == "during":
         # Weights and optimiser are written by then, the rest is not; one checkpoint is there already.
         kind = {"sft": trainers.Supervised, "dpo": trainers.Preference, "grpo": trainers.Rewarded}[method]

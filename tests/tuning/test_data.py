@@ -11,7 +11,7 @@ import toys
 from melayer.errors import InputError
 from melayer.tuning import data as training_data
 from melayer.tuning import rows as training_rows
-from melayer.tuning.data import prepare, read
+from melayer.tuning.data import RowOptions, read
 
 PROMPT, ANSWER = "X w1 w2", "w3 w4"
 USER, ASSISTANT = {"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}
@@ -39,6 +39,10 @@ def marking():
         "{% if add_generation_prompt %}w2 {% endif %}"
     )
     return tokenizer
+
+
+def prepare(method, data, tokenizer, *, max_length=None, seed=0, **options):
+    return training_data.prepare(method, data, tokenizer, RowOptions(**options), max_length=max_length, seed=seed)
 
 
 def one(method, row, tokenizer, **options):

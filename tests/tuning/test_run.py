@@ -50,7 +50,7 @@ def gradients(monkeypatch):
         parameters = self.trainer.model.named_parameters()
         seen.append({name: p.grad.clone() for name, p in parameters if p.grad is not None})
 
-    monkeypatch.setattr(trainers._Run, "on_pre_optimizer_step", look, raising=False)
+    monkeypatch.setattr(trainers.RunCallback, "on_pre_optimizer_step", look, raising=False)
     return seen
 
 
@@ -140,7 +140,7 @@ def test_the_loss_is_on_the_assistants_turns_alone(tokenizer, tmp_path, monkeypa
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}] * 4
     seen = []
     monkeypatch.setattr(
-        trainers._Run, "on_train_begin", lambda self, *_, **__: seen.append(self.trainer.train_dataset[0])
+        trainers.RunCallback, "on_train_begin", lambda self, *_, **__: seen.append(self.trainer.train_dataset[0])
     )
     result = melayer.sft(
         small_runs.model(), marking, rows, out=tmp_path, mask=small_runs.mask(), config=small_runs.small(max_steps=1)

@@ -13,7 +13,7 @@ import numpy as np
 from melayer.census.counts import Census, merged
 from melayer.census.observe import SITES, Place
 from melayer.census.rounding_error import KINDS
-from melayer.census.state import State
+from melayer.census.state import ScanSettings, State
 from melayer.data.corpus import LeftOut
 from melayer.data.rows import token_text, visible
 from melayer.measurements.criterion import Criterion, find_me_layer
@@ -149,7 +149,7 @@ class ScanResult:
 
     model: ModelInfo
     criterion: Criterion
-    settings: dict[str, Any]
+    settings: ScanSettings
     total: Part
     categories: tuple[Part, ...]
     """Empty unless a column of categories was named."""

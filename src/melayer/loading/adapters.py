@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import MelayerWarning, ModelError
+from melayer.errors import MelayerWarning, ModelError, first_line
 from melayer.model.provenance import fingerprint
+from melayer.runs import atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "adapter_config.json"
-_RUN = "melayer_tune.json"
+RUN_FILE = "melayer_tune.json"
+"""What a training run says of itself, in its directory."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def find(name: str) -> Adapter | None:
         return None
     values = _read(directory / FILE)
     # A checkpoint of a run has the run's own record above it.
-    record = next((place / _RUN for place in (directory, directory.parent) if (place / _RUN).is_file()), None)
+    record = next((place / RUN_FILE for place in (directory, directory.parent) if (place / RUN_FILE).is_file()), None)
     model = {} if record is None else _read(record).get("settings", {}).get("model", {})
     return Adapter(directory, model.get("name") or values.get("base_model_name_or_path"), model.get("fingerprint"))
 
@@ -49,7 +51,7 @@ def name_base(directory: Path, name: str) -> None:
     """Writes the base's name into an adapter's config, in place of where it was loaded from on this machine."""
     path = directory / FILE
     if path.exists():
-        path.write_text(json.dumps({**_read(path), "base_model_name_or_path": name}, indent=2), encoding="utf-8")
+        atomic.write_text(path, json.dumps({**_read(path), "base_model_name_or_path": name}, indent=2))
 
 
 def merged(model: PreTrainedModel, adapter: Adapter, base: str) -> PreTrainedModel:
@@ -79,11 +81,10 @@ def merged(model: PreTrainedModel, adapter: Adapter, base: str) -> PreTrainedMod
             # Between peft and transformers, about names; and the base was named by us and is at hand.
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
-            whole: Any = PeftModel.from_pretrained(model, str(adapter.directory)).merge_and_unload()
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter.directory))
+            whole: PreTrainedModel = adapted.merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"The adapter in {adapter.directory} does not fit {base}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise ModelError(f"The adapter in {adapter.directory} does not fit {base}: {first_line(error)}") from error
     for left in ("peft_config", "_hf_peft_config_loaded"):
         vars(whole).pop(left, None)
     return whole

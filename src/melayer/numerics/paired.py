@@ -186,14 +186,22 @@ def compare(
 
 
 def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons with p-values adjusted for having made all of them (Holm 1979)."""
-    order = sorted(range(len(comparisons)), key=lambda place: comparisons[place].p)
-    adjusted, reached = [0.0] * len(comparisons), 0.0
-    for rank, place in enumerate(order):
-        # Never below that of a smaller p-value.
-        reached = max(reached, min(1.0, comparisons[place].p * (len(comparisons) - rank)))
-        adjusted[place] = reached
-    return [replace(comparison, p_holm=p) for comparison, p in zip(comparisons, adjusted, strict=True)]
+    """The comparisons with p-values adjusted for having made all of them (Holm 1979).
+
+    Raises:
+        InputError: statsmodels is not installed, which the extra `eval` brings.
+    """
+    if not comparisons:
+        return []
+    try:
+        from statsmodels.stats.multitest import multipletests
+    except ImportError as error:
+        raise InputError(
+            "Correcting for several comparisons needs statsmodels, which is not installed. Get it with: "
+            "pip install 'melayer[eval]'"
+        ) from error
+    _, adjusted, _, _ = multipletests([comparison.p for comparison in comparisons], method="holm")
+    return [replace(one, p_holm=float(p)) for one, p in zip(comparisons, adjusted, strict=True)]
 
 
 def interval(
@@ -232,24 +240,52 @@ _AT_ONCE = 2_000_000
 def _bootstrap(
     change: Values, size: Values, level: float, resamples: int, random: np.random.Generator
 ) -> tuple[float, float]:
-    found: list[Values] = []
-    step = max(1, _AT_ONCE // len(change))
-    for start in range(0, resamples, step):
-        chosen = random.integers(len(change), size=(min(step, resamples - start), len(change)))
-        found.append(change[chosen].sum(axis=1) / size[chosen].sum(axis=1))
-    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    """Both ends of the percentile interval of sum(change) / sum(size), resampled by item."""
+    from scipy.stats import bootstrap
+
+    if len(change) == 1:  # scipy refuses it: drawn again it is always itself
+        only = float(change[0] / size[0])
+        return only, only
+    found = bootstrap(
+        (change, size),
+        lambda change, size, axis: change.sum(axis=axis) / size.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=_batch(change),
+        method="percentile",
+        rng=random,
+    )
+    # Not its own interval, whose last digits depend on scipy's version.
+    low, high = np.quantile(found.bootstrap_distribution, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def _flipped(change: Values, resamples: int, random: np.random.Generator) -> float:
-    """How often random signs make a sum at least as large; the data's own count as one draw (Phipson & Smyth 2010)."""
+    """How often random signs make a sum at least as large; the data's own count as one draw (Phipson & Smyth 2010).
+
+    Not `scipy.stats.permutation_test`: it makes its signs by sorting random numbers, and is exact for few items, so
+    that the figures of older versions could not be had again.
+    """
+    from scipy.stats import monte_carlo_test
+
     change = change[change != 0]
     if not len(change):
         return 1.0
-    # Sums of the same values in another order differ by rounding, which is not a difference.
-    seen = abs(float(change.sum())) * (1 - 1e-9)
-    larger, step = 0, max(1, _AT_ONCE // len(change))
-    for start in range(0, resamples, step):
-        signs = random.integers(2, size=(min(step, resamples - start), len(change))) * 2 - 1
-        larger += int((np.abs(signs @ change) >= seen).sum())
-    return (larger + 1) / (resamples + 1)
+    share = change / np.abs(change).sum()
+    found = monte_carlo_test(
+        np.ones(len(change)),
+        lambda size: random.integers(2, size=size) * 2 - 1,
+        # Sums of the same values in another order differ by rounding, which is not a difference.
+        lambda signs, axis: np.abs(signs @ share).round(12),
+        vectorized=True,
+        n_resamples=resamples,
+        batch=_batch(change),
+        alternative="greater",
+    )
+    return float(found.pvalue)
+
+
+def _batch(change: Values) -> int:
+    """Resamples drawn at a time."""
+    return max(1, _AT_ONCE // len(change))

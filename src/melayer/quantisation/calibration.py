@@ -17,6 +17,7 @@ from melayer.errors import InputError, OutputError
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
+from melayer.model.provenance import require_same_model
 from melayer.numerics.grids import Format, scales
 from melayer.quantisation.linear_inputs import LinearInput, readers
 from melayer.quantisation.treatments import Treatment
@@ -166,11 +167,12 @@ def read_scales(
     try:
         about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
         tensors = load_file(directory / TENSORS)
-        if about["model"]["fingerprint"] != fingerprint:
-            raise InputError(
-                f"The scales in {directory} are of weights with fingerprint {about['model']['fingerprint']}; these "
-                f"have {fingerprint}. Calibrate again with this model."
-            )
+        require_same_model(
+            about["model"]["fingerprint"],
+            fingerprint,
+            f"The scales in {directory} are of weights with fingerprint {about['model']['fingerprint']}; these "
+            f"have {fingerprint}. Calibrate again with this model.",
+        )
         return tuple(tensors[f"{of.key}/{at.names[0]}"] for at in inputs)
     except FileNotFoundError as error:
         raise InputError(f"{directory} holds no {ABOUT} and {TENSORS}. Write them with quant-check --out.") from error

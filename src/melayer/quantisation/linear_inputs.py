@@ -10,6 +10,7 @@ from torch import nn
 
 from melayer.errors import InputError
 from melayer.model.decoder import Decoder
+from melayer.model.forward import probe_ids
 from melayer.model.hooks import Call, Point, edits_paused, measuring, record_calls
 
 
@@ -117,9 +118,9 @@ def _tensors_read(decoder: Decoder, maps: Mapping[str, _LinearMap]) -> tuple[dic
         if call.read is not None:
             read[call.name] = call.read
 
-    ids = _probe(decoder)
+    ids = probe_ids(decoder.model)
     watched = [(name, of.module) for name, of in maps.items()]
-    with measuring(decoder.model), edits_paused(), record_calls(watched, note):
+    with measuring(decoder.model), edits_paused(decoder.model), record_calls(watched, note):
         decoder.model(input_ids=ids, use_cache=False)
     return read, ids.numel()
 
@@ -127,12 +128,6 @@ def _tensors_read(decoder: Decoder, maps: Mapping[str, _LinearMap]) -> tuple[dic
 def _is_linear(module: nn.Module) -> bool:
     # transformers' Conv1D (GPT-2) is a linear map and says so by its `nf` outputs.
     return isinstance(module, nn.Linear) or (hasattr(module, "nf") and hasattr(module, "weight"))
-
-
-def _probe(decoder: Decoder) -> torch.Tensor:
-    weight: torch.Tensor = decoder.model.get_input_embeddings().weight
-    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-    return torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % weight.shape[0]
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melayer.data.rows import token_text
-from melayer.interventions.apply import free
+from melayer.interventions.apply import require_unmasked
 from melayer.interventions.mask import Selector, WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, Origin, criterion_settings, origin_of
@@ -107,7 +107,7 @@ def quant_check(  # noqa: PLR0913 - the options of the command, each by its name
         >>> print(result.sentence)  # doctest: +SKIP
     """
     choices = Choices.of(formats, granularities, treatments)
-    decoder = free(model, parts)
+    decoder = require_unmasked(model, parts)
     subject = Subject(decoder, tokenizer, describe(decoder, name))
     criterion = criterion or Criterion()
     if mask is not None:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from melayer.errors import OutputError
+from melayer.errors import OutputError, first_line
+from melayer.runs import atomic
 
 STAGING = ".unfinished"
 """Where a run writes what is not yet whole; a leftover is worth nothing."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
-def last(out: Path) -> tuple[int, Path] | None:
-    """The step and the place of the newest checkpoint of a run; None where it has none."""
+class Checkpoint(NamedTuple):
+    """A checkpoint of a run."""
+
+    step: int
+    path: Path
+
+
+def last(out: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run; None where it has none."""
     found = [
-        (int(match[1]), path)
+        Checkpoint(int(match[1]), path)
         for path in (out.iterdir() if out.is_dir() else ())
         if path.is_dir() and (match := _CHECKPOINT.match(path.name))
     ]
@@ -40,9 +48,8 @@ def publish(staged: Path, final: Path) -> None:
 
     What is in it is on the disk before the name is: after a power cut there is no checkpoint that is only a name.
     """
-    for file in staged.rglob("*"):
-        if file.is_file():
-            _sync(file)
+    for path in (*staged.rglob("*"), staged):
+        atomic.sync(path)
     if final.exists():
         old = staged.parent / f"{final.name}.old"
         final.rename(old)
@@ -50,25 +57,15 @@ def publish(staged: Path, final: Path) -> None:
         shutil.rmtree(old)
     else:
         staged.rename(final)
-    _sync(final.parent)
+    atomic.sync(final.parent)
 
 
-def publish_files(staged: Path, out: Path, last_file: str) -> None:
+def publish_files(written: Path, out: Path, last_file: str) -> None:
     """Moves files into a directory, the one that makes the others mean something at the end."""
-    files = sorted((file for file in staged.iterdir() if file.is_file()), key=lambda file: file.name == last_file)
-    for file in files:
-        _sync(file)
-    for file in files:
-        file.replace(out / file.name)
-    _sync(out)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with atomic.staged(out, last=last_file) as staged:
+        for file in written.iterdir():
+            if file.is_file():
+                file.rename(staged / file.name)
 
 
 @contextmanager
@@ -87,10 +84,10 @@ def writing(what: str, out: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _is_a_failed_write(error):
             raise
         shutil.rmtree(out / STAGING, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         free = shutil.disk_usage(out).free if out.exists() else 0
         kept = last(out)
-        good = f"The checkpoint of step {kept[0]} is good" if kept else "There is no earlier checkpoint"
+        good = f"The checkpoint of step {kept.step} is good" if kept else "There is no earlier checkpoint"
         raise OutputError(
             f"{what} cannot be written to {out}: {reason} ({free / 1e9:.1f} GB are free). {good}; make room and go "
             "on with --resume."

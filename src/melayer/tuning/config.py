@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import InputError
+from melayer.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from melayer.tuning.rows import Method
@@ -141,10 +143,18 @@ def resolve(
         ours["max_length"] = None if alone else min(default or max_positions, max_positions)
     values = {**ours, **given}
     try:
-        return kind(**values, output_dir=str(out), disable_tqdm=True)
+        with quiet():
+            return kind(**values, output_dir=str(out), disable_tqdm=True)
     except (TypeError, ValueError, NotImplementedError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"The trainer refuses its options: {first}") from error
+        raise InputError(f"The trainer refuses its options: {first_line(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What the libraries have to say to each other about renamed options is kept from the user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\b")
+        yield
 
 
 def _grpo_defaults(given: Mapping[str, Any], kind: Any) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import InputError
+from melayer.errors import InputError, first_line
 from melayer.tuning.rows import Method, Row, Shape
+from melayer.tuning.settings import DataSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,6 +38,24 @@ GRPO_INSTRUCTION = "Think step by step. End with the final answer on a line of i
 
 
 @dataclass(frozen=True)
+class RowOptions:
+    """What becomes of the rows, with the names that `melayer.sft`, `dpo` and `grpo` have for it."""
+
+    columns: Mapping[str, str] | None = None
+    """Which column plays which part, as {"prompt": "question"}; the rest is found by the usual names."""
+    validation: float | str | Path | Dataset | Sequence[Row] | None = None
+    """A share of the rows, or other rows, given as the data are."""
+    limit: int | None = None
+    """Take only the first rows."""
+    chat: bool | None = None
+    """Whether strings are put into the chat template; None: where there is one."""
+    system: str | None = None
+    """A system prompt for prompts that are strings."""
+    instruction: str | None = None
+    """For GRPO, what is added to each prompt; None: GRPO_INSTRUCTION, "" for nothing."""
+
+
+@dataclass(frozen=True)
 class Columns:
     """Which column of the data plays which part."""
 
@@ -58,26 +77,30 @@ class Columns:
                 raise InputError(f"--columns says {role}={column}, but {has}.")
         for form in _FORMS[method]:
             wanted = [role.rstrip("?") for role in form]
-            if not set(named) <= set(wanted):
-                continue
-            found = {}
-            for role in wanted:
-                if role in named:
-                    found[role] = named[role]
-                    continue
-                candidates = [name for name in _NAMES[role] if name in present and name not in found.values()]
-                if len(candidates) > 1:
-                    raise InputError(
-                        f"{has}, and {' or '.join(candidates)} may be the {role}. Say which: "
-                        f"--columns {role}={candidates[0]}."
-                    )
-                if candidates:
-                    found[role] = candidates[0]
-            if all(role in found or f"{role}?" in form for role in wanted):
-                return cls(found)
+            if set(named) <= set(wanted):
+                found = _by_usual_name(wanted, present, named, has)
+                if all(role in found or f"{role}?" in form for role in wanted):
+                    return cls(found)
         forms = " or ".join("+".join(role.rstrip("?") for role in form if "?" not in role) for form in _FORMS[method])
         example = ",".join(f"{role.rstrip('?')}=COLUMN" for role in _FORMS[method][-1] if "?" not in role)
         raise InputError(f"{has}, but {method} needs {forms}. Say which they are: --columns {example}.")
+
+
+def _by_usual_name(roles: Sequence[str], present: Sequence[str], named: Mapping[str, str], has: str) -> dict[str, str]:
+    """For each of these parts the column that was named for it, or the one that has a usual name, if there is one."""
+    found: dict[str, str] = {}
+    for role in roles:
+        if role in named:
+            found[role] = named[role]
+            continue
+        candidates = [name for name in _NAMES[role] if name in present and name not in found.values()]
+        if len(candidates) > 1:
+            raise InputError(
+                f"{has}, and {' or '.join(candidates)} may be the {role}. Say which: --columns {role}={candidates[0]}."
+            )
+        if candidates:
+            found[role] = candidates[0]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +119,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> DataSettings:
         """What a run records of its data."""
         return {
             "source": self.source,
@@ -136,9 +159,8 @@ def read(source: str, *, split: str = "train") -> Dataset:
         else:
             found = load_dataset(source, split=split)
     except (DatasetGenerationError, DatasetNotFoundError, ArrowException, OSError, ValueError) as error:
-        cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         what = "cannot be read" if local else "is not a file here, and cannot be had from the hub"
-        raise InputError(f"{source} {what}: {cause[0]}") from error
+        raise InputError(f"{source} {what}: {first_line(error.__cause__ or error)}") from error
     assert isinstance(found, Dataset)
     if not len(found):
         raise InputError(f"{source} has no row. Give data with at least one.")
@@ -149,13 +171,8 @@ def prepare(
     method: Method,
     data: str | Path | Dataset | Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
     *,
-    columns: Mapping[str, str] | None = None,
-    validation: float | str | Path | Dataset | Sequence[Row] | None = None,
-    limit: int | None = None,
-    chat: bool | None = None,
-    system: str | None = None,
-    instruction: str | None = None,
     max_length: int | None = None,
     seed: int = 0,
 ) -> Prepared:
@@ -169,77 +186,69 @@ def prepare(
         method: Whose rows.
         data: A file, a hub id, a `datasets.Dataset`, or a list of dicts.
         tokenizer: The model's.
-        columns: Which column plays which part, as {"prompt": "question"}; the rest is found by the usual names.
-        validation: A share of the rows, drawn with `seed`; or other rows, given as `data` is.
-        limit: Take only the first rows.
-        chat: Whether strings are put into the chat template; None: where there is one.
-        system: A system prompt for prompts that are strings.
-        instruction: For GRPO, what is added to each prompt; None: GRPO_INSTRUCTION, "" for nothing.
+        options: What becomes of them.
         max_length: Tokens of a row at most; for GRPO, of a prompt. None: any length.
         seed: Of the draw of validation rows.
 
     Raises:
         InputError: Columns are missing, rows are malformed, or none is left.
     """
-    templated = bool(tokenizer.chat_template) if chat is None else chat
-    if (templated or system is not None) and not tokenizer.chat_template:
+    chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
+    if (chat or options.system is not None) and not tokenizer.chat_template:
         raise InputError("This tokenizer has no chat template. Leave chat and the system prompt out.")
-    if system is not None and not templated:
+    if options.system is not None and not chat:
         raise InputError("A system prompt was given, but the prompts are not put into the chat template. Allow it.")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; expected at least 1.")
-    shape = Shape(method, tokenizer, templated, system, GRPO_INSTRUCTION if instruction is None else instruction)
-    kept = _shaped(shape, data, columns or {}, limit, max_length)
-    other: Dataset | None = None
-    if isinstance(validation, (int, float)):
-        if not 0 < validation < 1 or len(kept.rows) < 2:
-            raise InputError(
-                f"validation is {validation:g} of {len(kept.rows)} rows; expected a share between 0 and 1 of at least "
-                "two rows, or a file."
-            )
-        parts = kept.rows.train_test_split(test_size=max(1, round(validation * len(kept.rows))), seed=seed)
-        kept.rows, other = parts["train"], parts["test"]
-    elif validation is not None:
-        held = _shaped(shape, validation, columns or {}, None, max_length)
-        kept.notes += [f"Validation: {note}" for note in held.notes]
-        other = held.rows
+    if options.limit is not None and options.limit < 1:
+        raise InputError(f"limit is {options.limit}; expected at least 1.")
+    instruction = GRPO_INSTRUCTION if options.instruction is None else options.instruction
+    shape = Shape(method, tokenizer, chat, options.system, instruction)
+    trained = _shaped(shape, data, options.columns or {}, options.limit, max_length)
+    rows, validation, notes = trained.rows, None, trained.notes
+    if isinstance(options.validation, (int, float)):
+        rows, validation = _divided(rows, options.validation, seed)
+    elif options.validation is not None:
+        others = _shaped(shape, options.validation, options.columns or {}, None, max_length)
+        validation, notes = others.rows, [*notes, *(f"Validation: {note}" for note in others.notes)]
     return Prepared(
         method=method,
-        rows=kept.rows,
-        validation=other,
-        source=kept.source,
-        columns=kept.columns,
-        sha256=_digest([kept.rows] if other is None else [kept.rows, other]),
-        chat=templated,
-        assistant_only="messages" in kept.rows.column_names,
-        notes=tuple(dict.fromkeys([*shape.notes, *kept.notes])),
-        left_out=kept.left_out,
+        rows=rows,
+        validation=validation,
+        source=trained.source,
+        columns=trained.columns,
+        sha256=_digest([rows] if validation is None else [rows, validation]),
+        chat=chat,
+        assistant_only="messages" in rows.column_names,
+        notes=tuple(dict.fromkeys([*shape.notes, *notes])),
+        left_out=trained.left_out,
     )
 
 
-# --- all rows -------------------------------------------------------------------------------------------------------
+def _divided(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The rows to train on, and a share of them to validate with."""
+    if not 0 < share < 1 or len(rows) < 2:
+        raise InputError(
+            f"validation is {share:g} of {len(rows)} rows; expected a share between 0 and 1 of at least two rows, or "
+            "a file."
+        )
+    parts = rows.train_test_split(test_size=max(1, round(share * len(rows))), seed=seed)
+    return parts["train"], parts["test"]
 
 
-@dataclass(eq=False)
-class _Kept:
-    rows: Any
+@dataclass(frozen=True, eq=False)
+class _Shaped:
+    """The rows of one source, in the trainer's shape."""
+
+    rows: Dataset
     source: str
     columns: Mapping[str, str]
     notes: list[str]
     left_out: dict[str, int]
 
 
-def _shaped(shape: Shape, data: Any, named: Mapping[str, str], limit: int | None, max_length: int | None) -> _Kept:
+def _shaped(shape: Shape, data: Any, named: Mapping[str, str], limit: int | None, max_length: int | None) -> _Shaped:
     from datasets import Dataset
 
-    if isinstance(data, (str, Path)):
-        source, rows = str(data), read(str(data))
-    elif isinstance(data, Dataset):
-        source, rows = "the data", data
-    else:
-        source, rows = "the data", Dataset.from_list([dict(row) for row in data])
-    if not len(rows):
-        raise InputError(f"{source} has no row. Give at least one.")
+    source, rows = _rows_of(data)
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     columns = Columns.find(shape.method, rows.column_names, named, source).by_role
@@ -257,15 +266,30 @@ def _shaped(shape: Shape, data: Any, named: Mapping[str, str], limit: int | None
             long.append(number)
         else:
             kept.append(shaped)
-    blank = "empty" if shape.method != "grpo" else "empty, or have no answer that can be checked,"
+    no_use = "are empty, or have no answer that can be checked," if shape.method == "grpo" else "have an empty part"
     said = [
-        _left_out(empty, len(rows), f"are {blank}" if shape.method == "grpo" else "have an empty part"),
+        _left_out(empty, len(rows), no_use),
         _left_out(long, len(rows), f"have more than max_length = {max_length} tokens"),
     ]
     notes = [note for note in said if note]
     if not kept:
         raise InputError(f"No row of {source} is left to train on. {' '.join(notes)}")
-    return _Kept(Dataset.from_list(kept), source, columns, notes, {"empty": len(empty), "too_long": len(long)})
+    return _Shaped(Dataset.from_list(kept), source, columns, notes, {"empty": len(empty), "too_long": len(long)})
+
+
+def _rows_of(data: Any) -> tuple[str, Dataset]:
+    """What to call the data, and their rows."""
+    from datasets import Dataset
+
+    if isinstance(data, (str, Path)):
+        source, rows = str(data), read(str(data))
+    elif isinstance(data, Dataset):
+        source, rows = "the data", data
+    else:
+        source, rows = "the data", Dataset.from_list([dict(row) for row in data])
+    if not len(rows):
+        raise InputError(f"{source} has no row. Give at least one.")
+    return source, rows
 
 
 def _left_out(places: list[int], of: int, why: str) -> str:

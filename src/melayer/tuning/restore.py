@@ -1,9 +1,9 @@
-"""A model lent to a trainer and taken back: only its weights may be others afterwards."""
+"""A model that a trainer had, put back as it was: only the values of its weights may be others."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,57 +12,65 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What a module consists of; everything else in it is how it is used.
-_PARTS = ("_parameters", "_buffers", "_modules")
+Attributes = dict[str, tuple[Any, Any]]
+"""For each attribute of an object the value, and a copy of what was in it if it is a container."""
 
 
 @contextmanager
-def lent(model: PreTrainedModel) -> Iterator[None]:
+def restored(model: PreTrainedModel) -> Iterator[None]:
     """After the context the model has its own modules, forward, hooks, config and modes again, also after an exception.
 
     Trainers replace its forward, put adapters into it, turn on checkpointing, and leave hooks for it. What they learned
     stays: the values of its parameters. Gradients are dropped. A model that was sharded on the way cannot be put
     together again and is left as it is.
     """
-    modules = dict(model.named_modules())
-    used = {module: {k: _kept(v) for k, v in vars(module).items() if k not in _PARTS} for module in modules.values()}
-    own = {module: {part: dict(vars(module)[part]) for part in _PARTS} for module in modules.values()}
-    grads = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    config, generation = copy.deepcopy(model.config), copy.deepcopy(getattr(model, "generation_config", None))
+    modules = [(module, _attributes(module, copy.copy)) for module in model.modules()]
+    configs = [(config, _attributes(config, copy.deepcopy)) for config in _configs(module for module, _ in modules)]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
         if not _sharded(model):
-            for module, attributes in used.items():
-                _put_back(module, attributes)
-                for part, members in own[module].items():
-                    vars(module)[part].clear()
-                    vars(module)[part].update(members)
-            for parameter, required in grads.items():
-                parameter.requires_grad = required
+            for thing, attributes in (*modules, *configs):
+                _put_back(thing, attributes)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad = requires_grad
                 parameter.grad = None
-            model.config = config
-            if generation is not None:
-                model.generation_config = generation
 
 
-def _kept(value: Any) -> Any:
-    """Containers are changed in place (hooks come and go in them), so what was in them is kept."""
-    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+def _attributes(thing: Any, copied: Callable[[Any], Any]) -> Attributes:
+    return {
+        name: (value, copied(value) if isinstance(value, (dict, list, set)) else None)
+        for name, value in vars(thing).items()
+    }
 
 
-def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
-    now = vars(module)
-    for name in [name for name in now if name not in attributes and name not in _PARTS]:
+def _put_back(thing: Any, attributes: Attributes) -> None:
+    now = vars(thing)
+    for name in now.keys() - attributes.keys():
         del now[name]
-    for name, value in attributes.items():
-        there = now.get(name)
-        if isinstance(value, dict) and isinstance(there, dict):
-            # The same dict: handles of hooks hold on to it.
-            there.clear()
-            there.update(value)
-        else:
-            now[name] = value
+    for name, (value, contents) in attributes.items():
+        # The same containers: handles of hooks hold on to the dicts that they are in.
+        if isinstance(value, list):
+            value[:] = contents
+        elif isinstance(value, (dict, set)):
+            value.clear()
+            value.update(contents)
+        now[name] = value
+
+
+def _configs(modules: Iterable[nn.Module]) -> list[Any]:
+    """The configs of a model's modules, which share them, and the configs inside of these."""
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    found: dict[int, Any] = {}
+    things: list[Any] = list(modules)
+    while things:
+        for value in vars(things.pop()).values():
+            if isinstance(value, (PreTrainedConfig, GenerationConfig)) and id(value) not in found:
+                found[id(value)] = value
+                things.append(value)
+    return list(found.values())
 
 
 def _sharded(model: nn.Module) -> bool:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from melayer.interventions.mask import WeMask
 from melayer.model.provenance import ModelInfo
-from melayer.tuning import rows as training_rows
-from melayer.tuning import run_directory
+from melayer.tuning import rows, run_directory
+from melayer.tuning.settings import TuneSettings
 from melayer.version import __version__
 
-if TYPE_CHECKING:
-    pass
-
-Method = training_rows.Method
+Method = rows.Method
 Reference = Literal["masked", "plain"]
 Reward = Callable[..., list[float]]
+TrainingProgress = Callable[[int, int, Mapping[str, float]], None]
+"""Called with the steps done, the steps in all, and the figures of the last one."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class TuneResult:
     """The step of the checkpoint that the run went on from."""
     seconds: float
     """Of this call; a run that went on took longer in all."""
-    settings: Mapping[str, Any]
+    settings: TuneSettings
     versions: Mapping[str, str]
     notes: tuple[str, ...]
 

@@ -26,7 +26,7 @@ class Shape:
     system: str | None
     instruction: str
     notes: list[str] = field(default_factory=list)
-    _generation: bool | None = None
+    _marked: bool | None = None
 
     def row(self, row: Row, columns: Mapping[str, str]) -> Row | None:
         """The row for the trainer; None where a part of it is empty.
@@ -70,16 +70,11 @@ class Shape:
 
     def _marks_answers(self) -> bool:
         """Whether the template, or TRL's own for it, tells the assistant's tokens from the others."""
-        if self._generation is None:
-            from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+        if self._marked is None:
+            from melayer.tuning.trl_internals import marks_answers
 
-            self._generation = has_generation_markers(self.tokenizer.chat_template)
-            if not self._generation:
-                try:
-                    self._generation = get_training_chat_template(self.tokenizer) is not None
-                except ValueError:  # it has none for this template
-                    self._generation = False
-        return self._generation
+            self._marked = marks_answers(self.tokenizer)
+        return self._marked
 
     def _pair(self, parts: Row) -> Row | None:
         chosen, rejected = parts["chosen"], parts["rejected"]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from melayer.errors import InputError, OutputError
-from melayer.runs import jsonl
+from melayer.loading import adapters
+from melayer.runs import atomic, jsonl
 from melayer.tuning import checkpoints
+from melayer.tuning.checkpoints import Checkpoint
+from melayer.tuning.settings import TuneSettings
 from melayer.version import __version__
 
-FILE = "melayer_tune.json"
+FILE = adapters.RUN_FILE
 """What a run says of itself: written when it begins, and whole when it is finished."""
 LOG = "log.jsonl"
+"""What the trainer measured, a line each."""
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -23,26 +26,28 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in jsonl.whole_lines(out / LOG)]
 
 
-def opened(out: Path, settings: dict[str, Any], *, resume: bool) -> tuple[int, Path] | None:
+def add_to_log(out: Path, line: dict[str, Any]) -> None:
+    """Adds a line to a run's log, on the disk before this returns.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with jsonl.keeping("log", out / LOG):
+        jsonl.append(out / LOG, [line])
+
+
+def opened(out: Path, settings: TuneSettings, *, resume: bool) -> Checkpoint | None:
     """The checkpoint to go on from, if any; nothing is changed yet.
 
     Raises:
         InputError: The directory holds another run, or there is nothing to go on from.
         OutputError: It cannot be written.
     """
-    path = out / FILE
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        atomic.require_writable(out)
     except OSError as error:
         raise OutputError(f"Nothing can be written to {out}: {error.strerror}. Give another directory.") from error
-    there = None
-    if path.exists():
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read: {error}. Give another directory.") from error
+    there = _recorded(out / FILE)
     if not resume:
         _check_new(out, there)
         return None
@@ -57,20 +62,30 @@ def opened(out: Path, settings: dict[str, Any], *, resume: bool) -> tuple[int, P
             "a new run in another directory."
         )
     found = checkpoints.last(out)
-    if found is not None and not (found[1] / "scheduler.pt").exists():
-        raise InputError(f"{found[1]} holds weights only (save_only_model), so the run cannot go on from it exactly.")
+    if found is not None and not (found.path / "scheduler.pt").exists():
+        raise InputError(f"{found.path} holds weights only (save_only_model), so the run cannot go on from it exactly.")
     return found
 
 
-def begin(out: Path, settings: dict[str, Any], checkpoint: tuple[int, Path] | None, *, resume: bool) -> None:
+def begin(out: Path, settings: TuneSettings, checkpoint: Checkpoint | None, *, resume: bool) -> None:
     """Writes down what a new run is, or forgets what one that goes on will log again."""
     if not resume:
         record(out, {"melayer_version": __version__, "status": "running", "settings": settings})
         return
-    step = 0 if checkpoint is None else checkpoint[0]
+    step = 0 if checkpoint is None else checkpoint.step
     kept = [line for line in read_log(out) if line["step"] <= step and checkpoint is not None]
     with jsonl.keeping("log", out / LOG):
         jsonl.replace(out / LOG, kept)
+
+
+def _recorded(path: Path) -> Any:
+    """What a run said of itself; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Give another directory.") from error
 
 
 def _check_new(out: Path, there: Any) -> None:
@@ -102,11 +117,9 @@ def record(out: Path, values: dict[str, Any]) -> None:
     Raises:
         OutputError: It cannot be written.
     """
+    text = json.dumps(plain(values), ensure_ascii=False, indent=1)
     try:
-        with tempfile.TemporaryDirectory(dir=out, prefix=".melayer-") as temporary:
-            written = Path(temporary) / FILE
-            written.write_text(json.dumps(plain(values), ensure_ascii=False, indent=1), encoding="utf-8")
-            written.replace(out / FILE)
+        atomic.write_text(out / FILE, text)
     except OSError as error:
         raise OutputError(f"The run cannot be recorded in {out}: {error.strerror}. Make room there.") from error
 

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from melayer.interventions.mask import WeMask
 from melayer.tuning import run as training
+from melayer.tuning.data import RowOptions
+from melayer.tuning.job import TrainingJob
 from melayer.tuning.report import write_tune_report
-from melayer.tuning.result import Reference, Reward, TuneResult
+from melayer.tuning.result import Reference, Reward, TrainingProgress, TuneResult
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from melayer.tuning.trainers import Progress
-
 __all__ = ["TuneResult", "dpo", "grpo", "sft"]
 
 
-def sft(
+def sft(  # noqa: PLR0913 - public: all that a run is asked for
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: str | Path | Dataset | Sequence[dict[str, Any]],
@@ -39,7 +39,7 @@ def sft(
     resume: bool = False,
     parts: Mapping[str, str] | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> TuneResult:
     """Supervised fine-tuning on answers, chats or texts, under the mask.
 
@@ -71,12 +71,23 @@ def sft(
     Example:
         >>> melayer.sft(model, tokenizer, "train.jsonl", mask=mask, out="tuned").sentence  # doctest: +SKIP
     """
-    asked = training.Asked("sft", Path(out), mask, lora, config, seed, resume, parts, name, progress)
-    rows: dict[str, Any] = {"columns": columns, "validation": validation, "limit": limit}
-    return _tuned(model, tokenizer, data, asked, {**rows, "chat": chat, "system": system})
+    job = TrainingJob(
+        method="sft",
+        out=Path(out),
+        mask=mask,
+        lora=lora,
+        config=config,
+        seed=seed,
+        resume=resume,
+        parts=parts,
+        name=name,
+        progress=progress,
+    )
+    rows = RowOptions(columns, validation, limit, chat, system)
+    return _tuned(model, tokenizer, data, job, rows)
 
 
-def dpo(
+def dpo(  # noqa: PLR0913 - public: all that a run is asked for
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: str | Path | Dataset | Sequence[dict[str, Any]],
@@ -95,7 +106,7 @@ def dpo(
     resume: bool = False,
     parts: Mapping[str, str] | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> TuneResult:
     """Preference optimisation on pairs of a chosen and a rejected answer, under the mask. See `sft`.
 
@@ -128,12 +139,24 @@ def dpo(
     Example:
         >>> melayer.dpo(model, tokenizer, "pairs.jsonl", mask=mask, out="tuned").sentence  # doctest: +SKIP
     """
-    asked = training.Asked("dpo", Path(out), mask, lora, config, seed, resume, parts, name, progress, reference)
-    rows: dict[str, Any] = {"columns": columns, "validation": validation, "limit": limit}
-    return _tuned(model, tokenizer, data, asked, {**rows, "chat": chat, "system": system})
+    job = TrainingJob(
+        method="dpo",
+        out=Path(out),
+        mask=mask,
+        lora=lora,
+        config=config,
+        seed=seed,
+        resume=resume,
+        parts=parts,
+        name=name,
+        progress=progress,
+        reference=reference,
+    )
+    rows = RowOptions(columns, validation, limit, chat, system)
+    return _tuned(model, tokenizer, data, job, rows)
 
 
-def grpo(
+def grpo(  # noqa: PLR0913 - public: all that a run is asked for
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: str | Path | Dataset | Sequence[dict[str, Any]],
@@ -154,7 +177,7 @@ def grpo(
     resume: bool = False,
     parts: Mapping[str, str] | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> TuneResult:
     """Reinforcement learning on problems whose answer can be checked, under the mask. See `sft`.
 
@@ -189,15 +212,26 @@ def grpo(
     Example:
         >>> melayer.grpo(model, tokenizer, "train.jsonl", mask=mask, out="tuned").last["reward"]  # doctest: +SKIP
     """
-    asked = training.Asked(
-        "grpo", Path(out), mask, lora, config, seed, resume, parts, name, progress, reference, rewards
+    job = TrainingJob(
+        method="grpo",
+        out=Path(out),
+        mask=mask,
+        lora=lora,
+        config=config,
+        seed=seed,
+        resume=resume,
+        parts=parts,
+        name=name,
+        progress=progress,
+        reference=reference,
+        rewards=rewards,
     )
-    rows: dict[str, Any] = {"columns": columns, "validation": validation, "limit": limit}
-    return _tuned(model, tokenizer, data, asked, {**rows, "chat": chat, "system": system, "instruction": instruction})
+    rows = RowOptions(columns, validation, limit, chat, system, instruction)
+    return _tuned(model, tokenizer, data, job, rows)
 
 
-def _tuned(model: Any, tokenizer: Any, data: Any, asked: training.Asked, rows: dict[str, Any]) -> TuneResult:
-    result = training.run(model, tokenizer, data, asked, rows)
+def _tuned(model: Any, tokenizer: Any, data: Any, job: TrainingJob, rows: RowOptions) -> TuneResult:
+    result = training.run(model, tokenizer, data, job, rows)
     from accelerate import PartialState
 
     if PartialState().is_main_process:

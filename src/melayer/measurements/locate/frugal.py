@@ -11,7 +11,7 @@ from melayer.data.rows import Batch, Row, batches, encode
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
 from melayer.loading.checkpoint import DTypeName, device_of, skeleton
-from melayer.loading.streaming import _streamed
+from melayer.loading.streaming import streamed
 from melayer.measurements.criterion import Criterion, find_me_layer, voting
 from melayer.measurements.locate.conclude import conclude
 from melayer.measurements.locate.result import LocateResult
@@ -96,7 +96,7 @@ def locate_frugal(  # noqa: PLR0913 - public: every option has a name
     model, tokenizer, shards = skeleton(
         name, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, mask=mask
     )
-    with _streamed(model, shards, parts or {}, target, trust_remote_code) as stream:
+    with streamed(model, shards, parts or {}, target, trust_remote_code) as stream:
         decoder = wiring.read(model, parts=parts)
         if max_tokens is None:
             max_tokens = min(MAX_TOKENS, decoder.max_positions or MAX_TOKENS)

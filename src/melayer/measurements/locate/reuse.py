@@ -8,7 +8,7 @@ from melayer.data.rows import Row
 from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.locate.result import LocateResult
-from melayer.model.provenance import ModelInfo
+from melayer.model.provenance import ModelInfo, require_same_model
 
 
 def options_of(
@@ -32,11 +32,12 @@ def options_of(
 
 def require_located_on(located: LocateResult, model: ModelInfo, rows: Sequence[Row]) -> None:
     """Raises InputError unless the result is of this model and of these rows, as far as it tells."""
-    if located.model.fingerprint != model.fingerprint:
-        raise InputError(
-            f"The located result is of another model (fingerprint {located.model.fingerprint}, this one's is "
-            f"{model.fingerprint}). Run locate on this model, or leave `located` out."
-        )
+    require_same_model(
+        located.model.fingerprint,
+        model.fingerprint,
+        f"The located result is of another model (fingerprint {located.model.fingerprint}, this one's is "
+        f"{model.fingerprint}). Run locate on this model, or leave `located` out.",
+    )
     theirs = [(row.n_tokens, row.first_token, row.text[:79]) for row in located.sequences]
     if theirs != [(len(row), row.tokens[0], row.text[:79]) for row in rows]:
         raise InputError(
