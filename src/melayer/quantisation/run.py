@@ -90,7 +90,7 @@ def run_passes(
 
 def _baked(check: Check, plan: Plan) -> dict[Treatment, BakedPrefix]:
     return {
-        treatment: BakedPrefix.of(check.subject.model, check.sequences.prefix, plan.mask_of(treatment))
+        treatment: BakedPrefix.of(check.decoder, check.sequences.prefix, plan.mask_of(treatment))
         for treatment in BAKED
         if treatment in plan.treatments
     }
