@@ -403,8 +403,8 @@ def main() -> int:
     comparing.add_argument("--atol", type=float, default=0.0, help="absolute tolerance of numbers; default: equal")
     given = parser.parse_args()
     if given.command == "record":
-        places = [place.resolve() for place in (given.source, given.out, given.toys)]
-        return record(*places, given.only, given.jobs)
+        source, out, toys = (place.resolve() for place in (given.source, given.out, given.toys))
+        return record(source, out, toys, given.only, given.jobs)
     return compare(given.first, given.second, given.only, Tolerance(given.rtol, given.atol))
 
 

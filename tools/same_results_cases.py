@@ -55,7 +55,17 @@ def all_cases() -> list[Case]:
 
 
 def _help() -> list[Case]:
-    commands = ("locate", "explain", "rigidity", "sinks", "sweep", "report", "generate", "eval", "compare")
+    commands: tuple[str, ...] = (
+        "locate",
+        "explain",
+        "rigidity",
+        "sinks",
+        "sweep",
+        "report",
+        "generate",
+        "eval",
+        "compare",
+    )
     commands += ("quant-check", "contrast", "scan", "tune")
     found = [_case(f"help-{command}", (command, "--help")) for command in commands]
     found += [_case(f"help-tune-{method}", ("tune", method, "--help")) for method in ("sft", "dpo", "grpo")]

@@ -177,7 +177,7 @@ def _octave_shares(part: Part) -> tuple[list[int | None], NDArray[np.int64], NDA
     shares = np.zeros((len(at), len(octaves)))
     for line, (_, row) in enumerate(at):
         np.add.at(shares[line], begins - octaves[0], census.counts[row] / max(census.counts[row].sum(), 1))
-    used = shares.any(axis=0).nonzero()[0]
+    used = np.flatnonzero(shares.any(axis=0))
     columns = slice(used[0], used[-1] + 1) if len(used) else slice(0)
     return [layer for layer, _ in at], octaves[columns], shares[:, columns]
 
