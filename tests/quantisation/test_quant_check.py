@@ -1,9 +1,11 @@
 """What quantising costs, on models of which it is known what the massive token does to it."""
 
 import dataclasses
+import gc
 import io
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -96,7 +98,9 @@ def test_plain_is_the_model_whose_maps_round_with_the_scales_of_the_other_texts(
     found = find_linear_inputs(wiring.read(model)).inputs
     read = {}
     handles = [
-        at.modules[0].register_forward_pre_hook(lambda module, args, at=at: read.__setitem__(at, args[0]))
+        model.get_submodule(at.names[0]).register_forward_pre_hook(
+            lambda module, args, at=at: read.__setitem__(at, args[0])
+        )
         for at in found
     ]
     with torch.no_grad():
@@ -381,6 +385,15 @@ def test_interrupted_it_leaves_the_model_as_it_was(model):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert not model.training
+
+
+def test_the_result_keeps_no_model_alive(tmp_path):
+    model = toys.make("llama")
+    result, alive = measured(model, formats=["int8"]), weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert len(result.save(tmp_path)) == 2  # the scales and the baked prefix
 
 
 def test_stopped_it_goes_on_with_the_settings_that_are_missing(model, result, tmp_path, monkeypatch):
