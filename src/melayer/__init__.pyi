@@ -32,6 +32,7 @@ from .evaluation.select import compare_runs as compare_runs
 from .evaluation.select import select as select
 from .evaluation.tasks import load_tasks as load_tasks
 from .interventions.baked_prefix import BakedPrefix as BakedPrefix
+from .interventions.baked_prefix import fixed_prefix as fixed_prefix
 from .interventions.comparators import (
     CapWrite as CapWrite,
 )
@@ -47,7 +48,6 @@ from .interventions.comparators import (
 from .interventions.load import Loaded as Loaded
 from .interventions.load import load as load
 from .interventions.mask import WeMask as WeMask
-from .interventions.mask import fixed_prefix as fixed_prefix
 from .measurements.criterion import Criterion as Criterion
 from .measurements.explain.explain import explain as explain
 from .measurements.explain.result import ExplainResult as ExplainResult
@@ -63,14 +63,8 @@ from .measurements.sinks.sinks import sinks as sinks
 from .quantisation.quant_check import quant_check as quant_check
 from .quantisation.report import write_quant_report as write_quant_report
 from .quantisation.result import QuantCheckResult as QuantCheckResult
-from .studies.answers.answers import AnswersResult as AnswersResult
 from .studies.answers.answers import answers as answers
-from .studies.contrast.contrast import (
-    ContrastResult as ContrastResult,
-)
-from .studies.contrast.contrast import (
-    Measured as Measured,
-)
+from .studies.answers.result import AnswersResult as AnswersResult
 from .studies.contrast.contrast import (
     contrast as contrast,
 )
@@ -78,6 +72,12 @@ from .studies.contrast.contrast import (
     measure as measure,
 )
 from .studies.contrast.report import write_contrast_report as write_contrast_report
+from .studies.contrast.result import (
+    ContrastResult as ContrastResult,
+)
+from .studies.contrast.result import (
+    Measured as Measured,
+)
 from .studies.overview import write_report as write_report
 from .studies.sweep.result import SweepResult as SweepResult
 from .studies.sweep.sweep import sweep as sweep

@@ -4,6 +4,7 @@ The message is written for the person who typed the command: what was given, wha
 The command line prints it and exits with code 2.
 """
 
+import difflib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -41,18 +42,30 @@ class MelayerWarning(UserWarning):
     """Something that does not make the answer wrong, but that its reader has to know."""
 
 
-def require_known(given: str, known: Iterable[str], said: str, *, expected: str = "one of") -> None:
-    """Raises InputError unless the name that was given is one of those that there are.
+def require_known(
+    given: str,
+    known: Iterable[str],
+    said: str,
+    *,
+    expected: str = "one of",
+    suggest: bool = False,
+    error: type[MelayerError] = InputError,
+) -> None:
+    """Raises InputError, or another `error`, unless the name that was given is one of those that there are.
 
     Args:
         given: The name.
         known: Those that there are, in the order in which they are listed.
         said: How the message begins, for example "There is no format 'int3'".
         expected: `one of`, or `some of` where several can be given.
+        suggest: Whether the message ends with the known name that is most like the one given, if one is like it.
+        error: What is raised.
     """
     names = list(known)
     if given not in names:
-        raise InputError(f"{said}; expected {expected} {', '.join(names)}.")
+        near = difflib.get_close_matches(str(given), names, 1) if suggest else []
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise error(f"{said}; expected {expected} {', '.join(names)}.{meant}")
 
 
 def first_line(error: BaseException) -> str:

@@ -32,7 +32,7 @@ def test_errors_are_those_of_each_row_alone(monkeypatch, cached):
     given.ids[0, 4] = toys.X
     massive = np.zeros(tuple(given.ids.shape), bool)
     massive[0, 4] = True
-    places = rounding_error.linear_inputs(decoder)
+    places = rounding_error.linear_input_places(decoder)
     seen = {}
     original = rounding_error._add
 
@@ -59,7 +59,7 @@ def test_a_massive_token_costs_the_others_their_precision_only_where_they_share_
     given.ids[0, 0] = toys.X
     massive = np.zeros(tuple(given.ids.shape), bool)
     massive[0, 0] = True
-    places = rounding_error.linear_inputs(decoder)
+    places = rounding_error.linear_input_places(decoder)
     errors, energies = rounding_error.reconstruct(decoder, given, places, massive, ["int8"])
     at = places.index(rounding_error.Place("ffn_act", 3))
     relative = dict(zip(rounding_error.KINDS, np.sqrt(errors[at, 0] / energies[at]), strict=True))
@@ -74,7 +74,7 @@ def test_without_a_massive_token_there_is_nothing_to_gain():
     decoder = wiring.read(toys.make("llama"))
     given = batch(20, 11)
     none = np.zeros(tuple(given.ids.shape), bool)
-    errors, _ = rounding_error.reconstruct(decoder, given, rounding_error.linear_inputs(decoder), none, ["int8"])
+    errors, _ = rounding_error.reconstruct(decoder, given, rounding_error.linear_input_places(decoder), none, ["int8"])
     assert (errors[..., 0] == errors[..., 1]).all()
     assert (errors[..., 2] == errors[..., 3]).all()
 

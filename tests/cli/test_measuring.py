@@ -14,6 +14,7 @@ import melayer
 import toys
 from command import TEXT, defaults, failing, run
 from melayer import cli
+from melayer.cli.parsing import rates_of
 from melayer.interventions.mask import WeMask
 from melayer.measurements.criterion import Criterion
 
@@ -84,7 +85,7 @@ def test_options_have_the_names_and_defaults_of_the_function():
 
 def test_the_default_grid_is_that_of_the_function():
     function, options = defaults(melayer.sweep), defaults(cli.sweep_command)
-    assert cli._rates(options["rates"]) == list(function["rates"])
+    assert rates_of(options["rates"]) == list(function["rates"])
     assert tuple(options["selectors"].split(",")) == function["selectors"]
     assert options["layers"] is function["layers"] is None
 

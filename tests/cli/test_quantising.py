@@ -12,7 +12,7 @@ from melayer.interventions.baked_prefix import BakedPrefix
 from melayer.measurements.criterion import Criterion
 from melayer.model.provenance import fingerprint
 from melayer.quantisation.calibration import ScaleSet, read_scales
-from melayer.quantisation.linear_inputs import linear_inputs
+from melayer.quantisation.linear_inputs import find_linear_inputs
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_it_prints_and_writes(toy_directory, texts, tmp_path):
     loaded = melayer.load(str(toy_directory))
     decoder = melayer.quant_check.__globals__["free"](loaded.model)
     steps = read_scales(
-        out, linear_inputs(decoder).found, ScaleSet("baked", "int8", "per-tensor"), fingerprint(loaded.model)
+        out, find_linear_inputs(decoder).inputs, ScaleSet("baked", "int8", "per-tensor"), fingerprint(loaded.model)
     )
     assert len(steps) == len(report["quant_check"]["inputs"])
     assert BakedPrefix.load(out / "baked", loaded.model).ids == (toys.X,)

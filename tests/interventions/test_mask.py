@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import toys
 from masked import ME, ROWS, TEXT, close, logits, mask_of, model_of, n_hooks, padded, state
 from melayer.errors import InputError, MelayerWarning, OutputError
 from melayer.interventions.mask import MadeFor, WeMask
-from melayer.loading.checkpoint import MASK_FILE
+from melayer.loading.source import MASK_FILE
 from melayer.model import hooks, wiring
 
 SOFTMAX = {family: range(toys.N_LAYERS) for family in toys.FAMILIES} | dict.fromkeys(toys.HYBRID, (3, 7))
@@ -34,7 +35,7 @@ def model(family):
 def attn_in(model, layer, point, mask):
     """What attention reads in one block, for a text and its reverse."""
     seen = []
-    around = mask.apply(model) if mask else hooks.edits_paused()
+    around = mask.apply(model) if mask else nullcontext()
     with torch.no_grad(), around, hooks.watch([(layer, point)], lambda _, x: seen.append(x.clone())):
         model(torch.tensor([TEXT, TEXT[::-1]]))
     return seen[0]
@@ -78,7 +79,7 @@ def test_only_the_first_tokens_keys_and_values_differ(model, family):
     first = next(layer for layer in SOFTMAX[family] if layer > ME)
     caches = []
     for mask in (None, mask_of()):
-        with torch.no_grad(), mask.apply(model) if mask else hooks.edits_paused():
+        with torch.no_grad(), mask.apply(model) if mask else nullcontext():
             caches.append(model(torch.tensor([TEXT]), use_cache=True).past_key_values)
     for name in ("keys", "values"):
         plain, masked = (getattr(cache.layers[first], name) for cache in caches)
@@ -246,7 +247,7 @@ def test_massive_tokens_wherever_they_stand():
     row = [9, 8, 7, toys.X, *range(20, 28)]
     mask = mask_of(positions="massive", massive_above=1000.0, layers=[5])
     seen = {}
-    for key, around in {"plain": hooks.edits_paused(), "masked": mask.apply(model)}.items():
+    for key, around in {"plain": nullcontext(), "masked": mask.apply(model)}.items():
         with around, toys.capture(toys.blocks(model)[4]), torch.no_grad():
             point = wiring.read(model).blocks[5].sites["attn_in"]
             with hooks.watch([(key, point)], lambda key, x: seen.update({key: x.clone()})):

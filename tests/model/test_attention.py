@@ -1,8 +1,11 @@
 """What keys draw, against eager attention's full matrix; and the output against the model's own."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, MambaConfig
 
 import toys
 from melayer.errors import ArchitectureError
@@ -63,12 +66,9 @@ def test_the_definition_by_hand():
     by_hand_2 = (3 / 6 + 3 / 10) / 2
     module = torch.nn.Module()
     for softcap in (None, 1e6):  # the second is no cap in effect, and goes the chunked way
-        listening = attention._Listening({id(module): 0}, torch.tensor([[0, 2]]), torch.ones(1, 4, dtype=torch.bool))
-        attention._listening.append(listening)
-        try:
+        listening = attention._Listening(torch.tensor([[0, 2]]), torch.ones(1, 4, dtype=torch.bool))
+        with attention._told({module: attention._Audience(0, listening)}):
             attention._attend(module, query, key, key, None, scaling=1.0, softcap=softcap)
-        finally:
-            attention._listening.pop()
         assert listening.drawn[0][0, 0].tolist() == pytest.approx([by_hand_0, by_hand_2], abs=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_the_implementation_is_put_back_after_an_exception():
     ):
         raise RuntimeError("stop")
     assert model.config._attn_implementation == before
-    assert attention._listening == []
+    assert not attention._audiences
 
 
 def test_a_model_without_softmax_attention_is_refused():
@@ -134,3 +134,128 @@ def test_a_position_bias_is_refused():
     tensor = torch.ones(1, 1, 2, 4)
     with pytest.raises(ArchitectureError, match="adds a position bias to its scores, which sinks do not know"):
         attention._attend(torch.nn.Linear(1, 1), tensor, tensor, tensor, None, position_bias=tensor)
+
+
+# --- contexts in one another, and side by side ---------------------------------------------------------------------
+
+
+IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def run(model):
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+
+
+def drawn_alone(model, key=0):
+    with attention.listen(wiring.read(model), [[key]] * 2, torch.ones_like(IDS)) as drawn:
+        run(model)
+    return drawn()
+
+
+def heads_alone(model):
+    seen = []
+    with attention.watch_heads(wiring.read(model), lambda layer, name, x: seen.append((layer, name, x.clone()))):
+        run(model)
+    return seen
+
+
+def equal(left, right):
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[layer], right[layer]) for layer in left)
+
+
+def equal_heads(left, right):
+    assert [item[:2] for item in left] == [item[:2] for item in right]
+    return all(torch.equal(one[2], other[2]) for one, other in zip(left, right, strict=True))
+
+
+def test_two_models_in_one_another_do_not_mix():
+    models = [sharp("llama"), sharp("llama", seed=1)]
+    alone = [drawn_alone(model) for model in models]
+    assert not equal(*alone)
+    first, second = (wiring.read(model) for model in models)
+    layers, real = [], torch.ones_like(IDS)
+    with (
+        attention.listen(first, [[0]] * 2, real) as outer,
+        attention.watch_heads(first, lambda layer, name, x: layers.append(layer)),
+        attention.listen(second, [[0]] * 2, real) as inner,
+    ):
+        for model in models:
+            run(model)
+    assert equal(outer(), alone[0])
+    assert equal(inner(), alone[1])
+    assert len(layers) == 3 * toys.N_LAYERS  # q, k and v of the first model, and none of the second
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_contexts_on_one_model_in_one_another(implementation):
+    model = sharp("llama")
+    model.set_attn_implementation(implementation)
+    decoder = wiring.read(model)
+    expected, key_0, key_3 = heads_alone(model), drawn_alone(model, 0), drawn_alone(model, 3)
+    seen = {"outer": [], "inner": []}
+
+    def see(into):
+        return lambda layer, name, x: seen[into].append((layer, name, x.clone()))
+
+    with attention.watch_heads(decoder, see("outer")), attention.watch_heads(decoder, see("inner")):
+        run(model)
+    assert len(expected) == 3 * toys.N_LAYERS
+    assert equal_heads(seen["outer"], expected)
+    assert equal_heads(seen["inner"], expected)
+    seen["outer"].clear()
+    with attention.listen(decoder, [[0]] * 2, torch.ones_like(IDS)) as outer:
+        run(model)
+        with (
+            attention.watch_heads(decoder, see("outer")),
+            attention.listen(decoder, [[3]] * 2, torch.ones_like(IDS)) as inner,
+        ):
+            run(model)
+        assert equal(outer(), key_0)
+        assert equal(inner(), key_3)
+        run(model)  # the outer one is heard again, and the watcher is gone
+    assert [item[:2] for item in seen["outer"]] == [item[:2] for item in expected]
+    assert model.config._attn_implementation == implementation
+    assert not attention._audiences
+
+
+def test_two_threads_with_two_models_do_not_mix():
+    models = [sharp("llama"), sharp("llama", seed=1)]
+    decoders, alone = [wiring.read(model) for model in models], [drawn_alone(model) for model in models]
+    heads = [heads_alone(model) for model in models]
+    meet = Barrier(2, timeout=60)
+
+    def measure(place):
+        seen = []
+        if place:
+            meet.wait()  # the second enters when the first is inside
+        with (
+            attention.listen(decoders[place], [[0]] * 2, torch.ones_like(IDS)) as drawn,
+            attention.watch_heads(decoders[place], lambda layer, name, x: seen.append((layer, name, x.clone()))),
+        ):
+            if not place:
+                meet.wait()
+            meet.wait()  # both are inside
+            run(models[place])
+            meet.wait()  # and both have run when one leaves
+            found = drawn()
+        return found, seen
+
+    with ThreadPoolExecutor(2) as pool:
+        for place, (found, seen) in enumerate(pool.map(measure, (0, 1))):
+            assert equal(found, alone[place])
+            assert [item[:2] for item in seen] == [item[:2] for item in heads[place]]
+            torch.testing.assert_close(seen[0][2], heads[place][0][2])
+
+
+def test_the_function_is_registered_by_its_first_use(monkeypatch):
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setitem(interface._global_mapping, attention.NAME, None)
+        del interface._global_mapping[attention.NAME]
+    model = sharp("llama")
+    wiring.read(model)
+    assert attention.NAME not in AttentionInterface._global_mapping
+    once, twice = drawn_alone(model), drawn_alone(model)
+    assert equal(once, twice)
+    assert attention.NAME in AttentionMaskInterface._global_mapping

@@ -1,10 +1,13 @@
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 from torch import nn
 
 import toys
 from melayer.model import wiring
-from melayer.model.hooks import Point, edit, first_tensor, measuring, record_arguments, watch
+from melayer.model.hooks import Point, edit, edits_paused, first_tensor, measuring, record_arguments, stoppable, watch
 
 IDS = torch.tensor([[5, 9, toys.X, 12, 7]])
 
@@ -138,3 +141,89 @@ def test_a_block_can_be_called_again_with_its_recorded_arguments():
         assert key == "b"
         assert torch.equal(first_tensor(block(*args, **kwargs)), seen["out"])
     assert n_hooks(model) == 0
+
+
+class Twice(nn.Module):
+    """A model of one linear map."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def plus(amount, model, side="output"):
+    return edit([(amount, Point(model.inner, side))], lambda key, tensor: tensor + key)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_edits_of_one_model_pause_and_those_of_another_do_not(side):
+    paused, other, one = Twice(), Twice(), torch.ones(1)
+    with plus(1.0, paused, side), plus(1.0, other, side):
+        assert paused(one).item() == 4
+        with edits_paused(paused):
+            assert (paused(one).item(), other(one).item()) == (2, 4)
+            with edits_paused(other):
+                assert (paused(one).item(), other(one).item()) == (2, 2)
+            with edits_paused(paused):
+                pass
+            assert (paused(one).item(), other(one).item()) == (2, 4)
+        with pytest.raises(ZeroDivisionError), edits_paused(paused):
+            _ = 1 / 0
+        assert paused(one).item() == 4
+
+
+def test_edits_pause_in_one_thread():
+    model, meet = Twice(), Barrier(2, timeout=60)
+
+    def paused():
+        with edits_paused(model):
+            meet.wait()
+            found = model(torch.ones(1)).item()
+            meet.wait()
+        return found
+
+    def edited():
+        meet.wait()
+        found = model(torch.ones(1)).item()
+        meet.wait()
+        return found
+
+    with plus(1.0, model), ThreadPoolExecutor(2) as pool:
+        assert [future.result() for future in (pool.submit(paused), pool.submit(edited))] == [2, 4]
+
+
+def test_a_pass_ends_where_a_hook_says_so():
+    model = toys.make("llama")
+    seen = []
+
+    def see(layer, tensor, stop):
+        seen.append(layer)
+        if layer == 2:
+            stop()
+
+    points = [(layer, Point(block, "output")) for layer, block in enumerate(toys.blocks(model))]
+    with torch.no_grad(), stoppable() as stop, watch(points, lambda layer, tensor: see(layer, tensor, stop)):
+        model(IDS)
+        pytest.fail("went on")
+    assert seen == [0, 1, 2]
+    assert n_hooks(model) == 0
+    with stoppable():
+        pass  # nobody has to stop
+
+
+def test_only_the_context_that_is_meant_ends():
+    reached = []
+    with stoppable() as outer:
+        with stoppable():
+            outer()
+        reached.append("between")
+    with stoppable():
+        with stoppable() as inner:
+            inner()
+        reached.append("after the inner one")
+    assert reached == ["after the inner one"]
+    with pytest.raises(RuntimeError, match="real"), stoppable():
+        raise RuntimeError("real")

@@ -13,7 +13,7 @@ from transformers import (
 import toys
 from melayer.errors import ArchitectureError
 from melayer.model import decoder, wiring
-from melayer.model.hooks import watch
+from melayer.model.hooks import Point, edit, watch
 
 IDS = torch.tensor([[5, 9, toys.X, 12, 7], [8, 8, 3, 4, 40]])
 
@@ -310,3 +310,37 @@ def test_named_parts_are_used():
     found = wiring.read(model)
     assert [list(b.sites) for b in named.blocks] == [list(b.sites) for b in found.blocks]
     assert named.final_norm.name == found.final_norm.name == "model.norm"
+
+
+def test_what_was_read_is_returned_as_it_is():
+    decoder = wiring.read(toys.make("llama"))
+    assert wiring.read(decoder) is decoder
+
+
+def test_a_mask_that_is_applied_is_not_seen():
+    model = toys.make("llama")
+    plain = wiring.read(model)
+    points = [(layer, block.sites["attn_in"]) for layer, block in enumerate(plain.blocks)]
+    with edit(points, lambda layer, x: torch.zeros_like(x)):
+        found = wiring.read(model)
+    assert [block.attn_norm.name for block in found.blocks] == [block.attn_norm.name for block in plain.blocks]
+
+
+class Other(type(toys.blocks(toys.make("llama"))[0])):
+    """A block of another kind."""
+
+
+def test_a_block_that_does_not_run_is_refused():
+    model = toys.make("llama")
+    model.model.layers.append(Other(model.config, toys.N_LAYERS))  # the model runs the first `num_hidden_layers`
+    with pytest.raises(ArchitectureError, match=r"Block 8 .Other. does not run on text, so how it is built is not"):
+        wiring.read(model)
+
+
+def test_the_pass_ends_when_every_kind_of_block_has_run():
+    model = toys.make("qwen3_next")
+    seen = []
+    points = [(layer, Point(block, "output")) for layer, block in enumerate(toys.blocks(model))]
+    with watch(points, lambda layer, x: seen.append(layer)):
+        wiring.read(model)
+    assert seen == [0, 1, 2, 3]  # block 3 is the first with softmax attention, and the last kind

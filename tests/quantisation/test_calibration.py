@@ -12,7 +12,7 @@ from melayer.errors import InputError, OutputError
 from melayer.model import wiring
 from melayer.numerics.grids import FORMATS, LARGEST
 from melayer.quantisation.calibration import ABOUT, GRANULARITIES, TENSORS, ScaleSet, maxima, read_scales, write_scales
-from melayer.quantisation.linear_inputs import linear_inputs
+from melayer.quantisation.linear_inputs import find_linear_inputs
 
 LENGTH = 7
 
@@ -30,7 +30,7 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def inputs(decoder):
-    return linear_inputs(decoder).found
+    return find_linear_inputs(decoder).inputs
 
 
 def stored(decoder, inputs, given):
@@ -50,21 +50,21 @@ def stored(decoder, inputs, given):
 @given(data=st.data())
 def test_they_are_those_of_the_stored_activations(decoder, inputs, data):
     given_rows = rows(data.draw(st.integers(1, 5)), seed=data.draw(st.integers(0, 3)))
-    apart = torch.tensor(
+    excluded = torch.tensor(
         data.draw(st.lists(st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH), min_size=len(given_rows),
                            max_size=len(given_rows)))
     )  # fmt: skip
-    found = maxima(decoder, inputs, given_rows, apart, max_batch_tokens=data.draw(st.integers(1, 40)))
+    found = maxima(decoder, inputs, given_rows, excluded, max_batch_tokens=data.draw(st.integers(1, 40)))
     for place, x in enumerate(stored(decoder, inputs, given_rows)):
         assert torch.allclose(found.whole[place], x.abs().amax((0, 1)), rtol=1e-5)
-        kept = x.abs().masked_fill(apart[:, :, None], 0).amax((0, 1))
+        kept = x.abs().masked_fill(excluded[:, :, None], 0).amax((0, 1))
         assert torch.allclose(found.without[place], kept, rtol=1e-5)
 
 
 def test_the_massive_token_left_out_makes_a_finer_grid(decoder, inputs):
-    apart = torch.zeros(3, LENGTH, dtype=torch.bool)
-    apart[:, 0] = True
-    found = maxima(decoder, inputs, rows(3), apart, max_batch_tokens=2048)
+    excluded = torch.zeros(3, LENGTH, dtype=torch.bool)
+    excluded[:, 0] = True
+    found = maxima(decoder, inputs, rows(3), excluded, max_batch_tokens=2048)
     place = next(place for place, at in enumerate(inputs) if (at.layer, at.paths[0]) == (3, "mlp.down_proj"))
     whole, without = (found.scales("int8", "per-tensor", left_out=left_out)[place] for left_out in (False, True))
     assert whole > 20 * without
@@ -84,7 +84,7 @@ def test_scales_by_granularity(decoder, inputs):
 
 def test_progress_and_half_precision():
     decoder = wiring.read(toys.make("llama", dtype=torch.bfloat16))
-    inputs, calls = linear_inputs(decoder).found, []
+    inputs, calls = find_linear_inputs(decoder).inputs, []
     found = maxima(
         decoder,
         inputs,

@@ -7,11 +7,11 @@ from torch import nn
 import toys
 from melayer.errors import InputError
 from melayer.model import wiring
-from melayer.quantisation.linear_inputs import linear_inputs, readers, short
+from melayer.quantisation.linear_inputs import find_linear_inputs, joined, readers
 
 
 def of(model):
-    return linear_inputs(wiring.read(model))
+    return find_linear_inputs(wiring.read(model))
 
 
 def is_map(module):
@@ -38,7 +38,7 @@ def read_by_hand(model, ids):
 def test_every_map_that_reads_every_token_is_there_once(family):
     model = toys.make(family)
     read = read_by_hand(model, torch.tensor([[5, 6, 7, 8, 9]]))
-    found = of(model).found
+    found = of(model).inputs
     names = [name for at in found for name in at.names]
     assert len(names) == len(set(names))
     assert set(names) == set(read)
@@ -55,15 +55,15 @@ def test_every_map_that_reads_every_token_is_there_once(family):
 
 
 def test_a_llama_block_has_four():
-    paths = [at.paths for at in of(toys.make("llama")).found if at.layer == 2]
+    paths = [at.paths for at in of(toys.make("llama")).inputs if at.layer == 2]
     assert paths == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ]
-    assert short(paths[0]) == "self_attn.q_proj, k_proj, v_proj"
-    assert len(list(readers(of(toys.make("llama")).found))) == 7 * 8
+    assert joined(paths[0]) == "self_attn.q_proj, k_proj, v_proj"
+    assert len(list(readers(of(toys.make("llama")).inputs))) == 7 * 8
 
 
 @pytest.mark.parametrize("family", toys.FAMILIES)
@@ -91,7 +91,7 @@ def test_a_quantised_model_is_refused():
     decoder = wiring.read(model)
     down.weight = packed
     with pytest.raises(InputError, match=said):
-        linear_inputs(decoder)
+        find_linear_inputs(decoder)
 
 
 def test_an_adapter_is_refused_until_it_is_merged():
@@ -99,4 +99,4 @@ def test_an_adapter_is_refused_until_it_is_merged():
     model = peft.get_peft_model(toys.make("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match=r"An adapter is attached .*Merge it first: model.merge_and_unload"):
         of(model)
-    assert len(of(model.merge_and_unload()).found) == 4 * 8
+    assert len(of(model.merge_and_unload()).inputs) == 4 * 8

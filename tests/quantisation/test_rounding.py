@@ -11,7 +11,7 @@ from melayer.model import wiring
 from melayer.model.forward import forward
 from melayer.numerics.grids import FORMATS, quantised, scales
 from melayer.quantisation.calibration import maxima
-from melayer.quantisation.linear_inputs import linear_inputs
+from melayer.quantisation.linear_inputs import find_linear_inputs
 from melayer.quantisation.rounding import Rounding
 from rounded import flags, replaced
 
@@ -35,7 +35,7 @@ def logits(model, batch):
 def test_it_is_the_model_whose_linear_maps_round(family, granularity):
     model = model_of(family)
     decoder = wiring.read(model)
-    found = linear_inputs(decoder).found
+    found = find_linear_inputs(decoder).inputs
     (batch,) = batches(rows())
     whole = maxima(decoder, found, rows(), flags(), max_batch_tokens=2048)
     for format in FORMATS if family == "llama" else FORMATS[:1]:
@@ -47,10 +47,10 @@ def test_it_is_the_model_whose_linear_maps_round(family, granularity):
             theirs = logits(model, batch)
         assert torch.equal(ours, theirs)
         assert not torch.equal(ours, logits(model, batch))
-        error, apart = rounding.errors()
-        for at, off, off_apart in zip(found, error, apart, strict=True):
+        error, error_excluded = rounding.errors()
+        for at, off, off_excluded in zip(found, error, error_excluded, strict=True):
             x, became = (of.reshape(3, 9, -1).double() for of in seen[at.names[0]])
-            for value, span in ((off, slice(1, None)), (off_apart, slice(0, 1))):
+            for value, span in ((off, slice(1, None)), (off_excluded, slice(0, 1))):
                 off_by, size = (became - x)[:, span].square().sum(), x[:, span].square().sum()
                 if size < torch.finfo(torch.float32).tiny:  # int4 leaves nothing of X
                     assert value is None
@@ -62,7 +62,7 @@ def test_it_is_the_model_whose_linear_maps_round(family, granularity):
 def test_a_row_does_not_depend_on_its_neighbours(granularity):
     model = model_of("qwen3")
     decoder = wiring.read(model)
-    found = linear_inputs(decoder).found
+    found = find_linear_inputs(decoder).inputs
     steps = maxima(decoder, found, rows(), flags(), max_batch_tokens=2048).scales("int8", granularity, left_out=False)
     together, alone = (Rounding(found, "int8", steps, flags()) for _ in range(2))
     (batch,) = batches(rows())
@@ -78,7 +78,7 @@ def test_a_row_does_not_depend_on_its_neighbours(granularity):
 
 def test_the_maps_get_the_dtype_of_the_model():
     model = model_of("llama", dtype=torch.bfloat16)
-    found = linear_inputs(wiring.read(model)).found
+    found = find_linear_inputs(wiring.read(model)).inputs
     (batch,) = batches(rows())
     read = []
     handle = found[0].modules[0].register_forward_hook(lambda module, args, out: read.append((args[0], out.dtype)))
@@ -96,7 +96,7 @@ def test_the_maps_get_the_dtype_of_the_model():
 def test_nothing_is_left_of_it():
     model = model_of("gpt2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = linear_inputs(wiring.read(model)).found
+    found = find_linear_inputs(wiring.read(model)).inputs
     (batch,) = batches(rows())
     plain = logits(model, batch)
     rounding = Rounding(found, "int4", None, flags())
@@ -113,7 +113,7 @@ def test_maps_that_read_the_same_are_rounded_once(monkeypatch):
     original = quantised
     monkeypatch.setattr("melayer.quantisation.rounding.quantised", lambda *given: calls.append(1) or original(*given))
     model = toys.make("llama")
-    found = linear_inputs(wiring.read(model)).found
+    found = find_linear_inputs(wiring.read(model)).inputs
     assert isinstance(found[0].modules[0], nn.Linear)
     (batch,) = batches(rows())
     with Rounding(found, "int8", None, flags()).of(batch):

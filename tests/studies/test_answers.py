@@ -1,11 +1,19 @@
+"""Answers with and without a mask, against `generate` itself."""
+
+import json
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import melayer
 import toys
-from masked import TEXT, model_of
+from masked import TEXT, model_of, n_hooks, state
 from melayer.errors import InputError
 from melayer.interventions.mask import WeMask
+from melayer.studies.answers.answers import first_difference, prompt_ids
+from melayer.studies.answers.result import AnswerPair
 
 PROMPT = "X w4 w5 w6 w7"
 MASK = WeMask(rate=1.0, selector="random", me_layer=3)
@@ -67,3 +75,101 @@ def test_bad_options(model):
             melayer.answers(
                 model, toys.tokenizer(), **{"prompts": [" ".join(["w1"] * len(TEXT))], "mask": MASK, **options}
             )
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}{% if m.role == 'system' %}w1{% else %}w2{% endif %} {{ m.content }} {% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}w3{% endif %}"
+
+
+@pytest.fixture
+def chatting():
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def ids_of(text):
+    return toys.tokenizer()(text)["input_ids"]
+
+
+def test_a_prompt_is_a_turn_under_the_template(chatting):
+    assert prompt_ids(chatting, "w9", templated=True) == ids_of("w2 w9 w3")
+    assert prompt_ids(chatting, "w9", templated=True, system="w8") == ids_of("w1 w8 w2 w9 w3")
+    assert prompt_ids(chatting, "w9", templated=False) == ids_of("w9")
+
+
+def test_the_template_is_used_where_there_is_one_unless_it_is_left_out(model, chatting):
+    asked = {"mask": MASK, "max_new_tokens": 2}
+    by_default = melayer.answers(model, chatting, [PROMPT], **asked)
+    assert by_default.settings["chat"] is True
+    assert by_default.answers[0].n_prompt_tokens == 2 + len(ids_of(PROMPT))
+    assert melayer.answers(model, chatting, [PROMPT], system="w8 w8", **asked).answers[0].n_prompt_tokens == 10
+    plain = melayer.answers(model, chatting, [PROMPT], chat=False, **asked)
+    assert plain.settings["chat"] is False
+    assert plain.answers == melayer.answers(model, toys.tokenizer(), [PROMPT], **asked).answers
+    with pytest.raises(InputError, match="A system prompt was given, but the prompt is not put into the chat template"):
+        melayer.answers(model, chatting, [PROMPT], chat=False, system="w8", **asked)
+    with pytest.raises(InputError, match="This tokenizer has no chat template. Leave chat and the system prompt out"):
+        melayer.answers(model, toys.tokenizer(), [PROMPT], chat=True, **asked)
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end(model):
+    tokenizer = toys.tokenizer()
+    tokenizer.pad_token = None
+    asked = {"mask": MASK, "max_new_tokens": 4}
+    assert melayer.answers(model, tokenizer, [PROMPT], **asked) == melayer.answers(
+        model, toys.tokenizer(), [PROMPT], **asked
+    )
+
+
+# --- what comes back -----------------------------------------------------------------------------------------------
+
+tokens = st.lists(st.integers(0, 2), max_size=6)
+
+
+@given(tokens, tokens)
+def test_the_first_difference(left, right):
+    at = first_difference(left, right)
+    assert at == first_difference(right, left)
+    assert (at is None) == (left == right)
+    if at is not None:
+        assert left[:at] == right[:at]
+        assert left[at : at + 1] != right[at : at + 1]
+
+
+def test_the_result_says_what_was_asked(model):
+    result = melayer.answers(
+        model, toys.tokenizer(), [PROMPT], mask=MASK, max_new_tokens=2, temperature=0.5, seed=4, name="toy"
+    )
+    assert result.settings == {
+        "max_new_tokens": 2, "chat": False, "system": None, "temperature": 0.5, "seed": 4, "layers_counted_from": 0,
+    }  # fmt: skip
+    assert (result.mask, result.model.name) == (MASK, "toy")
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert list(values) == ["melayer_version", "model", "settings", "mask", "answers", "sentence"]
+    assert [AnswerPair(**answer) for answer in values["answers"]] == list(result.answers)
+
+
+def test_the_model_is_as_it_was_also_when_interrupted(model):
+    before = state(model)
+
+    def stop(place, side, text):
+        if side == "masked":
+            raise KeyboardInterrupt
+
+    model.train()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            melayer.answers(model, toys.tokenizer(), [PROMPT], mask=MASK, max_new_tokens=3, stream=stop)
+        assert model.training
+    finally:
+        model.eval()
+    assert n_hooks(model) == 0
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_another_mask_at_work_is_refused(model):
+    with WeMask(rate=0.5, layers=[5]).apply(model), pytest.raises(InputError, match="applied to this model"):
+        melayer.answers(model, toys.tokenizer(), [PROMPT], mask=MASK, max_new_tokens=2)

@@ -15,7 +15,7 @@ from masked import ME, model_of
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError, MelayerWarning, OutputError
 from melayer.interventions.mask import WeMask
-from melayer.studies.sweep import sweep as function  # the module has the name of its function
+from melayer.measurements.sinks.sinks import sinks_on
 from melayer.studies.sweep.report import section
 from melayer.studies.sweep.result import SweepPoint
 from melayer.studies.sweep.sweep import check_grid
@@ -44,7 +44,7 @@ def result(model):
 def counted(monkeypatch):
     """How often sinks are measured; `stop_at` interrupts there."""
     count = {"n": 0, "stop_at": None}
-    real = melayer.sinks
+    real = sinks_on
 
     def counting(*arguments, **options):
         count["n"] += 1
@@ -52,7 +52,7 @@ def counted(monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setitem(function.__globals__, "sinks", counting)
+    monkeypatch.setattr("melayer.studies.sweep.point.sinks_on", counting)
     return count
 
 
@@ -101,16 +101,6 @@ def test_what_a_mask_takes_its_options_from(model, result):
     assert masked.alpha[:5] == plain.alpha[:5]
     assert masked.alpha[5] != plain.alpha[5]
     assert masked.alpha[5] != result.points[3].alpha[5]
-
-
-def test_layers_with_other_numbers_of_heads_are_weighted():
-    class Drawn:
-        rate_by_layer = (1.0, None, 0.5, 0.0)
-        alpha = ((0.0,), None, (0.1,) * 3, (0.1,))
-
-    after = function.__globals__["_rate_after"]
-    assert after(Drawn, 0) == pytest.approx(1.5 / 4)
-    assert after(Drawn, 3) is None
 
 
 def test_a_mask_without_a_target_is_noted_once(result):
@@ -193,7 +183,7 @@ def test_the_sentence_is_of_the_figures(result):
     ],
 )
 def test_bad_input_is_said_before_anything_runs(model, monkeypatch, tmp_path, options, message):
-    monkeypatch.setitem(function.__globals__, "locate", None)
+    monkeypatch.setattr("melayer.studies.sweep.sweep.locate_on", None)
     with pytest.raises(InputError, match=message):
         measured(model, resume=tmp_path / "sweep.jsonl", **options)
     assert not list(tmp_path.iterdir())
@@ -203,7 +193,7 @@ def test_a_family_without_a_norm_before_attention(monkeypatch):
     model = model_of("olmo2")
     points = measured(model, selectors=["activation", "random"], rates=[0.5]).masked
     assert [point.label for point in points] == ["activation 0.5", "random 0.5"]
-    monkeypatch.setitem(function.__globals__, "locate", None)
+    monkeypatch.setattr("melayer.studies.sweep.sweep.locate_on", None)
     with pytest.raises(InputError, match="selector 'weight' ranks dimensions by the gamma .* Use 'activation', 'rand"):
         measured(model)
 

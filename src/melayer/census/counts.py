@@ -132,7 +132,7 @@ class Census:
             token, window = int(observed.tokens[place, row]), windows[row]
             dim = int(observed.dims[place, row])
             found = np.array([window.document, window.number, token, dim, window.ids[token]])
-            self._raise(place, observed.maxima[place, row], found)
+            self._raise_maximum(place, observed.maxima[place, row], found)
         for mine, theirs in zip(self.dim_maxima, observed.dim_maxima, strict=True):
             np.maximum(mine, theirs, out=mine)
         lengths = np.array([len(window.ids) for window in windows])
@@ -167,11 +167,11 @@ class Census:
             mine: NDArray[Any] = getattr(self, name)
             mine += getattr(other, name)
         for place in range(len(self.places)):
-            self._raise(place, other.maxima[place], other.found_at[place])
+            self._raise_maximum(place, other.maxima[place], other.found_at[place])
             np.maximum(self.dim_maxima[place], other.dim_maxima[place], out=self.dim_maxima[place])
         self._add_bins(other.document_bins, other.document_counts)
 
-    def _raise(self, place: int, value: np.float32, found: NDArray[np.int64]) -> None:
+    def _raise_maximum(self, place: int, value: np.float32, found: NDArray[np.int64]) -> None:
         pair = np.array([self.maxima[place], value]), np.stack([self.found_at[place], found])
         if found[0] >= 0 and (self.found_at[place, 0] < 0 or _best(*pair) == 1):
             self.maxima[place], self.found_at[place] = value, found

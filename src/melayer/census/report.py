@@ -7,25 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from melayer.census.rounding_error import KINDS, LINEAR_INPUTS
 from melayer.data.rows import visible
 from melayer.model.provenance import versions
 from melayer.numerics import histogram
-from melayer.presentation.page import Written, _one_section, check_writable
-from melayer.presentation.sections import (
-    BLUE,
-    GREY,
-    ORANGE,
-    SEQUENTIAL,
-    VERMILLION,
-    Plot,
-    Section,
-    Table,
-    label,
-    number,
-    rounded,
-)
+from melayer.presentation import figures
+from melayer.presentation.figures import BLOCK, BLUE, GREY, ORANGE, VERMILLION, Trace, axis, hover, stroke
+from melayer.presentation.numbers import ABSENT, number, rounded
+from melayer.presentation.page import Page, Written, versions_fact, write_page
+from melayer.presentation.sections import Plot, Section, Table
 
 if TYPE_CHECKING:
     from melayer.census.result import Part, PlaceRow, ScanResult
@@ -42,8 +34,6 @@ def write_scan_report(result: ScanResult, out: str | Path, *, command: str | Non
     Raises:
         OutputError: `out` cannot be written.
     """
-    out = Path(out)
-    check_writable(out)
     model, settings, total = result.model, result.settings, result.total
     data = settings["data"]
     size = f", {data['bytes']:,} bytes" if "bytes" in data else f", split {data['split']}"
@@ -56,14 +46,17 @@ def write_scan_report(result: ScanResult, out: str | Path, *, command: str | Non
         ("Mask", settings["mask"] or "none"),
         ("Time", f"{result.seconds:,.0f} s in {result.n_processes} process{'es' * (result.n_processes > 1)}"),
         ("Counting", "blocks, tokens, dimensions and documents from 0"),
-        ("Versions", ", ".join(f"{what} {number}" for what, number in versions().items())),
+        versions_fact(versions()),
     ]
-    return _one_section(out, section(result), model.name, result.notes, facts, {"scan": result.to_dict()}, command)
+    page = Page(model.name, [section(result)], result.notes, facts, {"scan": result.to_dict()})
+    return write_page(page, out, command=command)
 
 
 FP16_MAX = 65504
 _PERCENT = {"tickvals": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "tickformat": ".1%"}
 _PALETTE = (BLUE, VERMILLION, ORANGE, GREY)
+_KIND_COLOURS = {"tensor": VERMILLION, "tensor without massive": BLUE, "token": GREY}
+"""What shares a scale, in the order in which it is drawn."""
 
 
 def section(result: ScanResult) -> Section:
@@ -84,30 +77,11 @@ def section(result: ScanResult) -> Section:
 def _bars(part: Part) -> Plot:
     rows = [row for row in part.by_site() if row.max_abs is not None]
     above = [row.max_abs or 0.0 for row in rows]
-    low = [row.interval[0] if row.interval else row.max_abs or 0.0 for row in rows]
+    down = [above - row.interval[0] if row.interval else 0.0 for above, row in zip(above, rows, strict=True)]
     names = [row.site if row.layer is None else f"{row.site} {row.layer}" for row in rows]
-    figure = {
-        "data": [
-            {
-                "type": "bar",
-                "x": names,
-                "y": rounded(np.array(above), 6),
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [0] * len(rows),
-                    "arrayminus": rounded(np.array(above) - np.array(low), 4),
-                },
-                "marker": {"color": BLUE},
-                "hovertemplate": "%{x}: %{y:,.4g}<extra></extra>",
-            }
-        ],
-        "layout": {
-            "xaxis": {"title": {"text": "site, with the block that holds its largest value"}, "automargin": True},
-            "yaxis": {"title": {"text": "max |x| (log scale)"}, "type": "log"},
-            "shapes": [_line(FP16_MAX)] if max(above, default=0.0) > FP16_MAX / 100 else [],
-        },
-    }
+    bars = figures.bar(names, rounded(above, 6), BLUE, template=hover("%{x}: %{y:,.4g}"))
+    bars["error_y"] = figures.whiskers([0] * len(rows), rounded(down, 4))
+    fp16 = figures.horizontal(FP16_MAX, stroke(VERMILLION, dash="dash", width=1.5))
     largest = max(rows, key=lambda row: row.max_abs or 0.0)
     factor = (largest.max_abs or 0.0) / (largest.quantiles["0.9999"] or math.nan)
     takeaway = f"The largest is in {largest.site}" + ("." if largest.layer is None else f" of block {largest.layer}.")
@@ -120,15 +94,13 @@ def _bars(part: Part) -> Plot:
         "Over all documents and blocks. The thin bar reaches down to the lower end of a 95 % bootstrap interval over "
         "documents: how much of the maximum rests on few of them. A bootstrap cannot say how far it may rise beyond "
         "what was seen. The line is float16's largest number.",
-        figure,
+        figures.figure(
+            [bars],
+            axis("site, with the block that holds its largest value", automargin=True),
+            axis("max |x| (log scale)", type="log"),
+            {"shapes": [fp16] if max(above, default=0.0) > FP16_MAX / 100 else []},
+        ),
     )
-
-
-def _line(at: float) -> dict[str, Any]:
-    return {
-        "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": at, "y1": at,
-        "line": {"color": VERMILLION, "dash": "dash", "width": 1.5},
-    }  # fmt: skip
 
 
 def _map(part: Part) -> Plot:
@@ -137,81 +109,77 @@ def _map(part: Part) -> Plot:
     layers = sorted({row.layer for row in rows if row.layer is not None})
     by_place = {(row.site, row.layer): row.max_abs for row in rows}
     values = np.array([[by_place.get((site, layer)) or math.nan for layer in layers] for site in sites], dtype=float)
-    logs = np.full_like(values, math.nan)
-    np.log10(values, out=logs, where=values > 0)
-    me = "There is no ME layer." if part.me_layer is None else f"The ME layer is block {part.me_layer}."
+    squares = figures.heat_map(
+        rounded(_log10(values), 4),
+        "log10 max |x|",
+        x=layers,
+        y=sites,
+        thickness=None,
+        template=hover("%{y} of block %{x}: max |x| %{text}"),
+    )
     return Plot(
         "scan-map",
         "Where activations are large",
-        me,
+        "There is no ME layer." if part.me_layer is None else f"The ME layer is block {part.me_layer}.",
         "The largest |x| of each site of each block over all documents, as a power of ten: 3 is a thousand, 4.8 is "
         "where float16 ends. The ME layer is the first block at whose output the criterion holds in a majority of the "
         "sequences and goes on holding.",
-        {
-            "data": [
-                {
-                    "type": "heatmap",
-                    "x": layers,
-                    "y": sites,
-                    "z": rounded(logs, 4),
-                    "text": rounded(values, 4),
-                    "colorscale": SEQUENTIAL,
-                    "colorbar": {"title": {"text": "log10 max |x|"}},
-                    "hovertemplate": "%{y} of block %{x}: max |x| %{text}<extra></extra>",
-                }
-            ],
-            "layout": {
-                "xaxis": {"title": {"text": "block (0-based)"}},
-                "yaxis": {"autorange": "reversed", "automargin": True},
-            },
-        },
+        figures.figure(
+            [squares | {"text": rounded(values, 4)}], axis(BLOCK), axis(autorange="reversed", automargin=True)
+        ),
     )
 
 
+def _log10(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """NaN where a value is not above 0."""
+    logs = np.full_like(values, math.nan)
+    np.log10(values, out=logs, where=values > 0)
+    return logs
+
+
 def _histograms(part: Part) -> Plot | None:
-    census = part.census
-    assert census is not None
-    at = [(place.layer, number) for number, place in enumerate(census.places) if place.site == "block_out"]
-    if not at:
+    layers, octaves, shares = _octave_shares(part)
+    if not layers:
         return None
-    # One column for each doubling: the 64 bins within it would be finer than a screen.
-    begins = np.floor(np.log2(np.maximum(histogram.edges()[:-1], 2.0**-25))).astype(int)
-    octaves = np.arange(begins.min(), begins.max() + 1)
-    shares = np.zeros((len(at), len(octaves)))
-    for line, (_, number_) in enumerate(at):
-        np.add.at(shares[line], begins - octaves[0], census.counts[number_] / max(census.counts[number_].sum(), 1))
-    used = shares.any(axis=0).nonzero()[0]
-    columns = slice(used.min(), used.max() + 1)
-    logs = np.full_like(shares, math.nan)
-    np.log10(shares, out=logs, where=shares > 0)
     row = max((row for row in part.places if row.site == "block_out"), key=lambda row: row.max_abs or math.inf)
-    median, largest = row.quantiles["0.5"], row.max_abs
-    takeaway = f"After block {row.layer} half of the values are below {number(median, 3)}"
-    takeaway += "." if largest is None else f" and the largest is {largest:,.1f}."
+    takeaway = f"After block {row.layer} half of the values are below {number(row.quantiles['0.5'], 3)}"
+    takeaway += "." if row.max_abs is None else f" and the largest is {row.max_abs:,.1f}."
+    squares = figures.heat_map(
+        rounded(_log10(shares), 4),
+        "log10 of the share",
+        x=[float(2.0**octave) for octave in octaves],
+        y=layers,
+        thickness=None,
+        template=hover("block %{y}, |x| from %{x:.3g} to twice that: 10^%{z:.2f}"),
+    )
     return Plot(
         "scan-histogram",
         "How the residual stream is distributed",
         takeaway,
         "Each row is one block's output: the share of its values in each doubling of |x|, as a power of ten (−2 is one "
         "in a hundred). A patch far to the right of the rest is a massive activation.",
-        {
-            "data": [
-                {
-                    "type": "heatmap",
-                    "x": [float(2.0**octave) for octave in octaves[columns]],
-                    "y": [layer for layer, _ in at],
-                    "z": rounded(logs[:, columns], 4),
-                    "colorscale": SEQUENTIAL,
-                    "colorbar": {"title": {"text": "log10 of the share"}},
-                    "hovertemplate": "block %{y}, |x| from %{x:.3g} to twice that: 10^%{z:.2f}<extra></extra>",
-                }
-            ],
-            "layout": {
-                "xaxis": {"title": {"text": "|x| (log scale)"}, "type": "log"},
-                "yaxis": {"title": {"text": "block (0-based)"}},
-            },
-        },
+        figures.figure([squares], axis("|x| (log scale)", type="log"), axis(BLOCK)),
     )
+
+
+def _octave_shares(part: Part) -> tuple[list[int | None], NDArray[np.int64], NDArray[np.float64]]:
+    """The histograms of the blocks' outputs with a column for each doubling: its 64 bins are finer than a screen.
+
+    Returns:
+        The blocks; the power of two at which each column begins, from the first to the last that has a value; the
+        share of each block's values in each of them, [blocks, columns].
+    """
+    census = part.census
+    assert census is not None
+    at = [(place.layer, row) for row, place in enumerate(census.places) if place.site == "block_out"]
+    begins = np.floor(np.log2(np.maximum(histogram.edges()[:-1], 2.0**-25))).astype(int)
+    octaves = np.arange(begins.min(), begins.max() + 1)
+    shares = np.zeros((len(at), len(octaves)))
+    for line, (_, row) in enumerate(at):
+        np.add.at(shares[line], begins - octaves[0], census.counts[row] / max(census.counts[row].sum(), 1))
+    used = shares.any(axis=0).nonzero()[0]
+    columns = slice(used[0], used[-1] + 1) if len(used) else slice(0)
+    return [layer for layer, _ in at], octaves[columns], shares[:, columns]
 
 
 def _overflow(part: Part) -> Table:
@@ -219,7 +187,7 @@ def _overflow(part: Part) -> Table:
     for row in part.by_site():
         of_site = [other for other in part.places if other.site == row.site]
         beyond, values = sum(other.beyond_fp16 for other in of_site), sum(other.n_values for other in of_site)
-        headroom = "—" if not row.max_abs else f"{FP16_MAX / row.max_abs:,.1f}×"
+        headroom = ABSENT if not row.max_abs else f"{FP16_MAX / row.max_abs:,.1f}×"
         rows.append([row.site, number(row.max_abs, 1), headroom, f"{beyond:,}", f"{beyond / values:.2g}"])
     total = sum(row.beyond_fp16 for row in part.places)
     takeaway = (
@@ -231,52 +199,48 @@ def _overflow(part: Part) -> Table:
 
 
 def _losses(result: ScanResult) -> Plot:
-    part = result.total
-    format = result.settings["formats"][0]
+    part, format = result.total, result.settings["formats"][0]
     variants = list(dict.fromkeys(loss.variant for loss in part.losses))
-    shown = [(variant, kind) for kind in ("tensor", "tensor without massive", "token") for variant in variants]
-    colours = {"tensor": VERMILLION, "tensor without massive": BLUE, "token": GREY}
-    data = []
-    for variant, kind in shown:
-        losses = [
-            loss for loss in part.losses
-            if (loss.variant, loss.format, loss.kind) == (variant, format, kind) and loss.error is not None
-        ]  # fmt: skip
-        layers = sorted({loss.layer for loss in losses})
-        worst = [max(loss.error or 0.0 for loss in losses if loss.layer == layer) for layer in layers]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": f"one scale a {kind}" + (", masked" if variant == "masked" else ""),
-                "x": layers,
-                "y": rounded(np.array(worst), 4),
-                "line": {"color": colours[kind], "dash": "dot" if variant == "masked" else "solid", "width": 2},
-                "hovertemplate": "block %{x}: %{y:.2%}<extra></extra>",
-            }
-        )
-    plain = [loss for loss in part.losses if (loss.variant, loss.format) == ("plain", format)]
-    largest = max((loss for loss in plain if loss.kind == "tensor"), key=lambda loss: loss.error or 0.0)
-    at = {loss.kind: loss.error or 0.0 for loss in plain if (loss.site, loss.layer) == (largest.site, largest.layer)}
-    takeaway = (
-        f"The worst input is {largest.site} of block {largest.layer}: with one scale for a sequence {format} loses "
-        f"{at['tensor']:.1%} of its ordinary tokens' norm, and {at['tensor without massive']:.1%} where the scale "
-        "comes from the ordinary tokens alone."
-    )
     return Plot(
         "scan-losses",
         f"What {format} loses of the linear inputs",
-        takeaway,
+        _losses_takeaway(part, format),
         "For each block the worst of its linear maps' inputs: the norm of what rounding takes away over the norm of "
         "what is there, in ordinary tokens. Scales come from each sequence itself. Between the red and the blue line "
         "is what the massive tokens cost; dotted lines are under the mask.",
-        {
-            "data": data,
-            "layout": {
-                "xaxis": {"title": {"text": "block (0-based)"}},
-                "yaxis": {"title": {"text": "relative error (log scale)"}, "type": "log", **_PERCENT},
-            },
-        },
+        figures.figure(
+            [_worst_losses(part, format, variant, kind) for kind in _KIND_COLOURS for variant in variants],
+            axis(BLOCK),
+            axis("relative error (log scale)", type="log", **_PERCENT),
+        ),
+    )
+
+
+def _worst_losses(part: Part, format: str, variant: str, kind: str) -> Trace:
+    """The largest error of each block."""
+    worst: dict[int, float] = {}
+    for loss in part.losses:
+        if (loss.variant, loss.format, loss.kind) == (variant, format, kind) and loss.error is not None:
+            worst[loss.layer] = max(loss.error, worst.get(loss.layer, 0.0))
+    layers = sorted(worst)
+    return figures.line(
+        f"one scale a {kind}" + (", masked" if variant == "masked" else ""),
+        layers,
+        rounded([worst[layer] for layer in layers], 4),
+        stroke(_KIND_COLOURS[kind], dash="dot" if variant == "masked" else "solid"),
+        marker=None,
+        template=hover("block %{x}: %{y:.2%}"),
+    )
+
+
+def _losses_takeaway(part: Part, format: str) -> str:
+    plain = [loss for loss in part.losses if (loss.variant, loss.format) == ("plain", format)]
+    largest = max((loss for loss in plain if loss.kind == "tensor"), key=lambda loss: loss.error or 0.0)
+    at = {loss.kind: loss.error or 0.0 for loss in plain if (loss.site, loss.layer) == (largest.site, largest.layer)}
+    return (
+        f"The worst input is {largest.site} of block {largest.layer}: with one scale for a sequence {format} loses "
+        f"{at['tensor']:.1%} of its ordinary tokens' norm, and {at['tensor without massive']:.1%} where the scale "
+        "comes from the ordinary tokens alone."
     )
 
 
@@ -295,7 +259,7 @@ def _loss_table(result: ScanResult) -> Table:
                     continue
                 cells: list[Any] = []
                 for item in found:
-                    cells += ["—"] * 3 if item is None else [f"{item[0]:.2%}", f"{item[1].error:.2%}", item[1].layer]
+                    cells += [ABSENT] * 3 if item is None else [f"{item[0]:.2%}", f"{item[1].error:.2%}", item[1].layer]
                 rows.append([format, kind, site, *cells])
     return Table("Relative error of ordinary tokens: median over blocks and worst block", columns, rows, folded=True)
 
@@ -322,20 +286,12 @@ def _growth(part: Part) -> Plot:
         ((site, curve) for site, curve in part.growth.items() if len(curve) > 1),
         key=lambda item: -item[1][-1][1],
     )[:6]
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": site,
-            "x": [count for count, _ in curve],
-            "y": rounded(np.array([value for _, value in curve]), 5),
-            "line": {"width": 2, "color": _PALETTE[place % len(_PALETTE)],
-                     "dash": "solid" if place < len(_PALETTE) else "dash"},
-            "marker": {"size": 4},
-            "hovertemplate": "%{x:,} documents: %{y:,.4g}<extra>" + label(site) + "</extra>",
-        }
-        for place, (site, curve) in enumerate(chosen)
-    ]  # fmt: skip
+    data = []
+    for place, (site, curve) in enumerate(chosen):
+        counts, maxima = zip(*curve, strict=True)
+        style = stroke(_PALETTE[place % len(_PALETTE)], dash="solid" if place < len(_PALETTE) else "dash")
+        template = hover("%{x:,} documents: %{y:,.4g}", site)
+        data.append(figures.line(site, counts, rounded(maxima, 5), style, marker=4, template=template))
     takeaway = "One document alone does not show how the maximum grows."
     if chosen:
         site, curve = chosen[0]
@@ -351,13 +307,9 @@ def _growth(part: Part) -> Plot:
         "The expected largest |x| of so many documents, drawn from those scanned without replacement, in the block "
         "with the largest of each site. A curve that is flat at its right end has seen what there is; one that still "
         "rises has not.",
-        {
-            "data": data,
-            "layout": {
-                "xaxis": {"title": {"text": "documents (log scale)"}, "type": "log"},
-                "yaxis": {"title": {"text": "expected max |x| (log scale)"}, "type": "log"},
-            },
-        },
+        figures.figure(
+            data, axis("documents (log scale)", type="log"), axis("expected max |x| (log scale)", type="log")
+        ),
     )
 
 
@@ -369,10 +321,10 @@ def _sites(part: Part, title: str, *, folded: bool = False) -> Table:
 
 
 def _row(row: PlaceRow) -> list[Any]:
-    interval = "—" if row.interval is None else f"{row.interval[0]:,.1f} to {row.interval[1]:,.1f}"
+    interval = ABSENT if row.interval is None else f"{row.interval[0]:,.1f} to {row.interval[1]:,.1f}"
     return [
         row.site,
-        "—" if row.layer is None else row.layer,
+        ABSENT if row.layer is None else row.layer,
         number(row.max_abs, 1),
         interval,
         row.document,

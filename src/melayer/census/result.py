@@ -13,7 +13,7 @@ import numpy as np
 from melayer.census.counts import Census, merged
 from melayer.census.observe import SITES, Place
 from melayer.census.rounding_error import KINDS
-from melayer.census.state import State
+from melayer.census.state import ScanSettings, State
 from melayer.data.corpus import LeftOut
 from melayer.data.rows import token_text, visible
 from melayer.measurements.criterion import Criterion, find_me_layer
@@ -149,7 +149,7 @@ class ScanResult:
 
     model: ModelInfo
     criterion: Criterion
-    settings: dict[str, Any]
+    settings: ScanSettings
     total: Part
     categories: tuple[Part, ...]
     """Empty unless a column of categories was named."""
@@ -279,7 +279,7 @@ def _part(
         sequences=sequences,
         voting=voting,
         tokens=tokens,
-        me_layer=_me_layer(census, voting, criterion),
+        me_layer=find_me_layer(census.holding, voting, criterion),
         holding=tuple(census.holding.tolist()),
         n_massive=tuple(census.n_massive.tolist()),
         places=rows,
@@ -319,15 +319,6 @@ def _row(census: Census, place: int, tokenizer: PreTrainedTokenizerBase) -> Plac
         beyond_fp16=histogram.overflowing(counted),
         top_dims=tuple((int(found), _finite(census.dim_maxima[place][found])) for found in by_size),
     )
-
-
-def _me_layer(census: Census, voting: int, criterion: Criterion) -> int | None:
-    """The block after which the criterion holds in a majority of the sequences and goes on doing so, as in `locate`."""
-    if not voting:
-        return None
-    # `find_me_layer` takes sequences; of the corpus only their number is known, which is all that it uses.
-    carried = census.holding / voting > criterion.majority
-    return find_me_layer(carried[None], Criterion(majority=0.5, persistence=criterion.persistence))
 
 
 def _massive(census: Census, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[MassiveToken, ...], dict[str, int]]:

@@ -26,7 +26,7 @@ tokens alone."""
 _CACHED = 1 << 16  # values at once for each thread of a CPU, as in reduction
 
 
-def linear_inputs(decoder: Decoder) -> tuple[Place, ...]:
+def linear_input_places(decoder: Decoder) -> tuple[Place, ...]:
     """The linear inputs that the model has."""
     return tuple(Place(site, block.layer) for block in decoder.blocks for site in LINEAR_INPUTS if site in block.sites)
 
@@ -42,7 +42,7 @@ def reconstruct(
     Args:
         decoder: The model's parts.
         batch: Sequences, padded on the right.
-        places: From `linear_inputs`.
+        places: From `linear_input_places`.
         massive: [batch, seq] which tokens are massive.
         formats: Grids of `quantisation`.
 

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from melayer.census.counts import Census
 from melayer.data.corpus import MAX_NAMED, LeftOut
 from melayer.errors import InputError, OutputError
+from melayer.runs import atomic
 
 PATTERN = "scan.*.state"
 """The files of a scan's directory in which each process keeps what it has found."""
+
+
+class ScanSettings(TypedDict):
+    """What the figures of a scan depend on."""
+
+    model: str
+    """The fingerprint of the weights, and their dtype."""
+    data: dict[str, Any]
+    """The fields of the `Corpus`; of files also their `bytes`, and how many `files` there are."""
+    sites: list[str]
+    max_tokens: int
+    truncate: bool
+    bos: bool | None
+    limit: int | None
+    criterion: dict[str, Any]
+    formats: list[str]
+    mask: str | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,7 @@ class Share:
 class State:
     """What a process has found."""
 
-    settings: dict[str, Any]
+    settings: ScanSettings
     censuses: dict[str, Census] = field(default_factory=dict)
     """By category; the documents of one without are under an empty name."""
     shares: dict[tuple[int, int], Share] = field(default_factory=dict)
@@ -125,7 +142,7 @@ class State:
         )
 
 
-def merged(first: bytes, second: bytes) -> bytes:
+def merged_bytes(first: bytes, second: bytes) -> bytes:
     """Two states as one."""
     state = State.from_bytes(first)
     state.absorb(State.from_bytes(second))
@@ -147,7 +164,7 @@ def path_of(directory: Path, rank: int) -> Path:
     return directory / PATTERN.replace("*", str(rank))
 
 
-def read(directory: Path, settings: dict[str, Any]) -> State:
+def read(directory: Path, settings: ScanSettings) -> State:
     """What all processes of an earlier run have kept, as one state; an empty one where there was none.
 
     Raises:
@@ -181,13 +198,8 @@ def write(directory: Path, rank: int, state: State) -> None:
     Raises:
         OutputError: There is no space, or no right to write.
     """
-    path = path_of(directory, rank)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=f".{path.name}.") as temporary:
-            written = Path(temporary) / path.name
-            written.write_bytes(state.to_bytes())
-            written.replace(path)
+        atomic.write_bytes(path_of(directory, rank), state.to_bytes())
     except OSError as error:
         raise OutputError(
             f"The scan cannot be kept in {directory}: {error.strerror}. What was kept before stands. Make room or give "

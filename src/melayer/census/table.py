@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 
 from melayer.census.rounding_error import KINDS, LINEAR_INPUTS
 from melayer.data.rows import visible
-from melayer.presentation.tables import number, table
+from melayer.presentation.tables import ABSENT, number, print_answer, print_text, table
 
 if TYPE_CHECKING:
     from melayer.census.result import Part, ScanResult
@@ -19,9 +18,7 @@ _SHOWN_TOKENS = 10
 
 def show_scan(result: ScanResult, console: Console) -> None:
     """Prints a scan: the answer, the largest values of each site, the massive tokens, what rounding loses."""
-    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="dim", highlight=False)
+    print_answer(console, result.sentence, result.notes)
     _sites(result.total, console)
     for part in result.categories:
         _sites(part, console, title=f"Category {part.name or '(empty)'}: ")
@@ -29,14 +26,14 @@ def show_scan(result: ScanResult, console: Console) -> None:
     if result.total.losses:
         _losses(result, console)
     model, settings = result.model, result.settings
-    console.print(
+    print_text(
+        console,
         "max |x|: over all blocks, with the block; at least: the lower end of its 95 % bootstrap interval over "
         "documents. 99.99 %: that share of |x| in that block does not exceed it, to 1 %. beyond fp16: values in all "
         "blocks that become infinite in float16. Sequences of at most "
-        f"{settings['max_tokens']} tokens. {escape(model.name)}, {model.dtype}, fingerprint {model.fingerprint}. All "
+        f"{settings['max_tokens']} tokens. {model.name}, {model.dtype}, fingerprint {model.fingerprint}. All "
         "counting is 0-based.",
         style="dim",
-        highlight=False,
     )
 
 
@@ -49,9 +46,9 @@ def _sites(part: Part, console: Console, title: str = "") -> None:
         rows.append(
             [
                 row.site,
-                "-" if row.layer is None else row.layer,
+                ABSENT if row.layer is None else row.layer,
                 "not finite" if row.max_abs is None else number(row.max_abs, 1),
-                "-" if row.interval is None else number(row.interval[0], 1),
+                ABSENT if row.interval is None else number(row.interval[0], 1),
                 f"{row.token_index}:{visible(row.token)}"[:14],
                 row.dim,
                 number(row.quantiles["0.9999"], 1),
@@ -65,7 +62,7 @@ def _sites(part: Part, console: Console, title: str = "") -> None:
 def _tokens(part: Part, console: Console) -> None:
     total = part.n_massive_first + part.n_massive_delimiters + part.n_massive_words
     if not total:
-        console.print("\nNo token is massive at any block's output.", highlight=False)
+        print_text(console, "\nNo token is massive at any block's output.")
         return
     columns = [("token", False), ("kind", False), ("massive first", True), ("of", True)]
     columns += [("massive later", True), ("of", True)]
@@ -92,7 +89,7 @@ def _losses(result: ScanResult, console: Console) -> None:
                 found = [result.total.worst(variant, site, format, kind) for variant in variants]
                 cells = []
                 for item in found:
-                    cells += ["-"] * 3 if item is None else [
+                    cells += [ABSENT] * 3 if item is None else [
                         f"{item[0]:.2%}", f"{item[1].error:.2%}", str(item[1].layer)
                     ]  # fmt: skip
                 if any(found):

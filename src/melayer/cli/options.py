@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -15,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from melayer.cli.masks import MaskRequest
+from melayer.cli.parsing import blocks_of, memory_of
+from melayer.cli.session import session
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
     from melayer.data.corpus import Corpus
-    from melayer.interventions.load import Loaded
 
 
 class DType(str, Enum):
@@ -33,6 +33,33 @@ class DType(str, Enum):
 
 _MODEL, _TEXTS, _CRITERION = "Model", "Texts", "Criterion"
 _ROWS, _MASK, _TRAINING = "Rows", "Mask", "Training"
+
+# --- options that several commands have ---------------------------------------------------------------------------
+
+_SELECTOR = "weight, weight-low, activation, activation-low or random."
+_STRENGTH = "How much of a masked entry is taken away."
+_BLOCKS = "Masked blocks, e.g. 12- or 12,14-20; default: all after the ME layer."
+_POSITIONS = "first tokens, or all massive ones."
+
+Model = Annotated[str, typer.Argument(help="`demo`, a directory, a .gguf file or a hub id.", show_default=False)]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens kept of each text; default 512, or the model's positions.", rich_help_panel=_TEXTS),
+]
+MaxListed = Annotated[int, typer.Option(min=1, help="Massive scalars listed a text and block.")]
+Epsilon = Annotated[float, typer.Option(help="A head is a sink head where a key draws more than this.")]
+FirstTokens = Annotated[int, typer.Option(help="Different first tokens to compare.")]
+MaskRate = Annotated[float, typer.Option("--mask-rate", help="The share of the dimensions to mask.")]
+Selector = Annotated[str, typer.Option(help=_SELECTOR)]
+Selectors = Annotated[str, typer.Option(help="Of weight, weight-low, activation, activation-low and random.")]
+Strength = Annotated[float, typer.Option(help=_STRENGTH)]
+MaskedBlocks = Annotated[str | None, typer.Option(help=_BLOCKS)]
+Positions = Annotated[str, typer.Option(help=_POSITIONS)]
+SelectorSeed = Annotated[int, typer.Option(min=0, help="Of selector random.")]
+Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat template; default: where there is one.")]
+System = Annotated[str | None, typer.Option(help="A system prompt.")]
+
+# --- options in groups --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -135,7 +162,7 @@ class ModelOptions:
     def loading(self) -> dict[str, Any]:
         """The arguments of `melayer.load`."""
         taken = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "part"}
-        return {**taken, "dtype": self.dtype.value, "max_memory": _memory(self.max_memory)}
+        return {**taken, "dtype": self.dtype.value, "max_memory": memory_of(self.max_memory)}
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of a measurement."""
@@ -168,6 +195,13 @@ class Options:
     def arguments(self) -> dict[str, Any]:
         """The arguments of a measurement."""
         return {**self.texts.arguments(), **self.criterion.arguments(), **self.model.arguments()}
+
+
+@dataclass(frozen=True)
+class StoredOptions:
+    """What a command takes that measures nothing itself."""
+
+    output: OutputOptions = field(default_factory=OutputOptions)
 
 
 @dataclass(frozen=True)
@@ -277,20 +311,15 @@ class MaskOptions:
         float | None,
         typer.Option(help="The share of the dimensions to mask; default: no mask.", rich_help_panel=_MASK),
     ] = None
-    strength: Annotated[
-        float, typer.Option(help="How much of a masked entry is taken away.", rich_help_panel=_MASK)
-    ] = 1.0
-    selector: Annotated[
-        str,
-        typer.Option(help="weight, weight-low, activation, activation-low or random.", rich_help_panel=_MASK),
-    ] = "weight"
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Masked blocks, e.g. 12- or 12,14-20; default: all after the ME layer.", rich_help_panel=_MASK
-        ),
-    ] = None
-    positions: Annotated[str, typer.Option(help="first tokens, or all massive ones.", rich_help_panel=_MASK)] = "first"
+    strength: Annotated[float, typer.Option(help=_STRENGTH, rich_help_panel=_MASK)] = 1.0
+    selector: Annotated[str, typer.Option(help=_SELECTOR, rich_help_panel=_MASK)] = "weight"
+    layers: Annotated[str | None, typer.Option(help=_BLOCKS, rich_help_panel=_MASK)] = None
+    positions: Annotated[str, typer.Option(help=_POSITIONS, rich_help_panel=_MASK)] = "first"
+
+    def request(self, seed: int) -> MaskRequest:
+        """The mask, with the seed of everything random."""
+        blocks = blocks_of("--layers", self.layers)
+        return MaskRequest(self.mask_rate, self.selector, self.strength, seed, self.positions, blocks)
 
 
 @dataclass(frozen=True)
@@ -355,7 +384,10 @@ class TuneOptions(Options):
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the fields of its `options` as options of its own: typer knows no groups."""
+    """The command with the fields of its `options` as options of its own: typer knows no groups.
+
+    It runs in a session, which turns our errors into a sentence and an exit code.
+    """
     signature = inspect.signature(command)
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -376,64 +408,11 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         made: dict[str, Any] = {
             name: kind(**{item.name: given.pop(item.name) for item in fields(kind)}) for name, kind in groups.items()
         }
-        command(**given, options=container(**made))
+        with session(made["output"].debug):
+            command(**given, options=container(**made))
 
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     parameters = [*keyword, *shared]
     flattened.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flattened
-
-
-def _memory(given: str | None) -> dict[int | str, str] | None:
-    """What `0=20GiB,cpu=60GiB` says, as `from_pretrained` takes it."""
-    if given is None:
-        return None
-    found: dict[int | str, str] = {}
-    for item in given.split(","):
-        device, equals, size = item.strip().partition("=")
-        if not (equals and device and re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", size.strip(), re.IGNORECASE)):
-            raise InputError(f"--max-memory {given!r} was given; expected e.g. 0=20GiB,cpu=60GiB.")
-        found[int(device) if device.isdigit() else device] = size.strip()
-    return found
-
-
-# --- blocks -------------------------------------------------------------------------------------------------------
-
-
-def blocks_of(option: str, given: str | None) -> list[range] | None:
-    """The blocks that `2,9-11,20-` names; the last one goes on to the end, wherever that is."""
-    if given is None:
-        return None
-    found = []
-    for item in given.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:([-:])\s*(\d*)\s*)?", item)
-        if match is None or (match[2] == ":" and match[3]):
-            raise InputError(
-                f"{option} {given!r} was given; expected blocks counted from 0, for example 11 or 2,9-11 or 12-."
-            )
-        first = int(match[1])
-        last = first if match[2] is None else int(match[3]) if match[3] else sys.maxsize - 1
-        if last < first:
-            raise InputError(f"{option} {given!r} goes from {first} down to {last}. Give the smaller block first.")
-        found.append(range(first, last + 1))
-    return found
-
-
-def resolved(blocks: list[range] | None, loaded: Loaded, parts: dict[str, str]) -> list[int] | None:
-    """The numbers of the blocks, now that the model says how many it has."""
-    if blocks is None:
-        return None
-    from melayer.model import wiring
-
-    n_layers = wiring.read(loaded.model, parts=parts).n_layers
-    layers: list[int] = []
-    for span in blocks:
-        last = n_layers - 1 if span.stop == sys.maxsize else span.stop - 1
-        if max(last, span.start) >= n_layers:
-            raise InputError(
-                f"Layer {max(last, span.start)} was asked for, but the model has blocks 0 to {n_layers - 1}. "
-                "Give layers in that range, counted from 0."
-            )
-        layers += range(span.start, last + 1)
-    return layers

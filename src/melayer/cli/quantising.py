@@ -1,84 +1,97 @@
-"""What the command `quant-check` does once its options are parsed."""
+"""The command that measures what quantised activations cost."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from melayer.cli.options import Options, blocks_of, resolved
+from melayer.cli.masks import MaskRequest
+from melayer.cli.options import MaskedBlocks, MaskRate, Model, Options, Selector, SelectorSeed, Strength, flat
+from melayer.cli.output import answer, command_line, require_writable
+from melayer.cli.parsing import blocks_of, items_of, layers_of
 from melayer.cli.session import load, progress
 from melayer.errors import InputError
 
 
-def run_quant_check(
-    model: str,
-    options: Options,
+@flat
+def quant_check_command(  # noqa: PLR0913 - one parameter an option
+    model: Model,
+    formats: Annotated[str, typer.Option(help="Of int8, fp8 and int4.")] = "int8,fp8,int4",
+    granularities: Annotated[
+        str, typer.Option(help="Of per-tensor, per-token and per-channel.")
+    ] = "per-tensor,per-token,per-channel",
+    treatments: Annotated[
+        str | None, typer.Option(help="Of plain, baked, baked+mask and mask; default: all that are possible.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Texts for the scales; default: every other sequence of the texts.")
+    ] = None,
+    rate: MaskRate = 0.5,
+    selector: Selector = "weight",
+    strength: Strength = 1.0,
+    layers: MaskedBlocks = None,
+    seed: SelectorSeed = 0,
+    prefix: Annotated[
+        str | None, typer.Option(help="What every sequence begins with, and is baked; default: the BOS token.")
+    ] = None,
+    T: Annotated[int, typer.Option("--T", "-T", help="Tokens in each sequence, the prefix counted.")] = 64,
+    n_sequences: Annotated[int, typer.Option(help="Sequences to predict, and to calibrate with, at most.")] = 32,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for a report, scales and prefixes; goes on from there.")
+    ] = None,
     *,
-    calibration: Path | None,
-    prefix: str | None,
-    layers: str | None,
-    out: Path | None,
-    given: dict[str, Any],
+    options: Options,
 ) -> None:
-    """Loads, measures under a bar, writes, prints."""
+    """Measure what quantised activations cost, and how much of it the massive token is to blame for.
+
+    Example: [bold]melayer quant-check demo --formats int8 --out demo-quant[/]
+    """
     from melayer.data.texts import read_texts
-    from melayer.interventions.mask import WeMask
-    from melayer.numerics.grids import FORMATS
-    from melayer.presentation.page import check_writable
-    from melayer.quantisation.calibration import GRANULARITIES
-    from melayer.quantisation.quant_check import FILE, known, quant_check
+    from melayer.quantisation.quant_check import FILE, quant_check
     from melayer.quantisation.report import write_quant_report
-    from melayer.quantisation.result import TREATMENTS
     from melayer.quantisation.table import show_quant_check
 
-    # Whatever is wrong with these is wrong before the model is loaded, too.
-    known("format", given["formats"], FORMATS)
-    known("granularity", given["granularities"], GRANULARITIES)
-    if given["treatments"] is not None:
-        known("treatment", given["treatments"], TREATMENTS)
-    chosen = {key: given[key] for key in ("rate", "selector", "strength", "seed")}
-    WeMask(**chosen, me_layer=0)
-    shared, blocks = options.arguments(), blocks_of("--layers", layers)
-    held = None if calibration is None else read_texts(calibration, whole=options.texts.whole_file)
-    if out is not None:
-        check_writable(out)
+    arguments: dict[str, Any] = {
+        "formats": items_of(formats),
+        "granularities": items_of(granularities),
+        "treatments": None if treatments is None else items_of(treatments),
+        "rate": rate,
+        "selector": selector,
+        "strength": strength,
+        "seed": seed,
+        "T": T,
+        "n_sequences": n_sequences,
+    }
+    _check(arguments)
+    arguments |= options.arguments()
+    blocks = blocks_of("--layers", layers)
+    arguments["calibration"] = None if calibration is None else read_texts(calibration, whole=options.texts.whole_file)
+    require_writable(out)
     loaded = load(model, options.model.loading())
-    ids = None
     if prefix is not None:
-        ids = loaded.tokenizer(prefix, add_special_tokens=False)["input_ids"]
-        if not ids:
+        arguments["prefix"] = loaded.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+        if not arguments["prefix"]:
             raise InputError(f"--prefix {prefix!r} gives no tokens. Give the text that every sequence begins with.")
+    arguments["layers"] = layers_of(blocks, loaded, arguments["parts"])
+    arguments["resume"] = None if out is None else out / FILE
     with progress("Quantising") as part:
-        result = quant_check(
-            loaded.model,
-            loaded.tokenizer,
-            **shared,
-            **given,
-            calibration=held,
-            prefix=ids,
-            layers=resolved(blocks, loaded, shared["parts"]),
-            name=model,
-            resume=None if out is None else out / FILE,
-            progress=part(0),
-        )
-    written = None
+        result = quant_check(loaded.model, loaded.tokenizer, **arguments, name=model, progress=part(0))
+    written, behind = None, ""
     if out is not None:
         result.save(out)
-        written = write_quant_report(result, out, command=shlex.join(["melayer", *sys.argv[1:]]))
-    if options.output.as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False))
-        return
-    show_quant_check(result, Console())
-    if written is not None:
-        output = Console(soft_wrap=True, highlight=False)
-        output.print(
-            f"Open {written.html} in a browser; {written.json} holds the same figures. The scales are in "
-            f"{written.json.parent / 'scales.safetensors'}, each baked prefix in a directory of its treatment's name.",
-            markup=False,
+        written = write_quant_report(result, out, command=command_line())
+        behind = (
+            f" The scales are in {written.json.parent / 'scales.safetensors'}, each baked prefix in a directory of its "
+            "treatment's name."
         )
+    answer(options.output.as_json, result.to_dict, lambda to: show_quant_check(result, to), written, behind=behind)
+
+
+def _check(arguments: dict[str, Any]) -> None:
+    """Raises InputError for whatever is wrong before a model is loaded."""
+    from melayer.quantisation.choices import Choices
+
+    Choices.of(arguments["formats"], arguments["granularities"], arguments["treatments"])
+    MaskRequest(arguments["rate"], arguments["selector"], arguments["strength"], arguments["seed"]).check()

@@ -1,124 +1,85 @@
-"""What the command `scan` does once its options are parsed."""
+"""The command that scans a corpus."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from melayer.cli.options import ScanOptions, resolved
+from melayer.cli.masks import MaskRequest, require_plain
+from melayer.cli.options import MaskedBlocks, Model, ScanOptions, Selector, SelectorSeed, Strength, flat
+from melayer.cli.output import answer, command_line, require_writable
+from melayer.cli.parsing import blocks_of, items_of
 from melayer.cli.session import load, own_device, progress, stopped_by_term
-from melayer.errors import InputError
-
-if TYPE_CHECKING:
-    from melayer.interventions.load import Loaded
-    from melayer.interventions.mask import WeMask
 
 
-@dataclass(frozen=True)
-class AskedMask:
-    """The mask under which the errors are measured too."""
-
-    rate: float | None
-    selector: str
-    strength: float
-    blocks: list[range] | None
-    seed: int
-
-    def fields(self) -> dict[str, Any]:
-        """The fields of a WeMask."""
-        return {"rate": self.rate, "selector": self.selector, "strength": self.strength, "seed": self.seed}
-
-    def check(self) -> None:
-        """Raises InputError for whatever is wrong before a model is loaded."""
-        from melayer.interventions.mask import WeMask
-
-        if self.rate is not None:
-            WeMask(**self.fields(), me_layer=0)
-
-    def made(self, loaded: Loaded, name: str, given: dict[str, Any]) -> WeMask | None:
-        """The mask for this model."""
-        if self.rate is None:
-            return None
-        if loaded.mask is not None:
-            raise InputError(
-                "A mask that was saved with the model is applied already, so none can be added. Leave --mask-rate out, "
-                "or give --no-mask."
-            )
-        from melayer.interventions.mask import WeMask
-        from melayer.measurements.locate.locate import locate
-
-        if self.blocks is not None:
-            return WeMask(**self.fields(), layers=tuple(resolved(self.blocks, loaded, given["parts"]) or ()))
-        with progress("Locating") as part:
-            located = locate(
-                loaded.model,
-                loaded.tokenizer,
-                bos=given["bos"],
-                criterion=given["criterion"],
-                parts=given["parts"],
-                name=name,
-                progress=part(0),
-            )
-        return WeMask.from_located(located, **self.fields())
-
-
-def run_scan(
-    model: str,
-    data: str,
-    asked: AskedMask,
-    options: ScanOptions,
+@flat
+def scan_command(  # noqa: PLR0913 - one parameter an option
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A .txt, .jsonl or .parquet file (also .gz, .zst), a directory or pattern of them, or a hub id.",
+            show_default=False,
+        ),
+    ],
+    sites: Annotated[str | None, typer.Option(help="Which to observe, e.g. block_out,ffn_act; default: all.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Measure what int8, fp8, int4 lose in linear inputs: one more pass.")
+    ] = None,
+    mask_rate: Annotated[float | None, typer.Option(help="…and under a mask of this share: yet another pass.")] = None,
+    selector: Selector = "weight",
+    strength: Strength = 1.0,
+    layers: MaskedBlocks = None,
+    seed: SelectorSeed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the state and a report; a stopped scan goes on from there.")
+    ] = None,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="How often the state is kept in --out.")] = 60.0,
     *,
-    sites: Sequence[str] | None,
-    formats: Sequence[str],
-    out: Path | None,
-    checkpoint_seconds: float,
+    options: ScanOptions,
 ) -> None:
-    """Loads, scans under a bar, prints; of several processes the first alone prints."""
+    """Count how large the activations of every site get over a corpus of any size, and where.
+
+    Under torchrun or accelerate launch the processes share the documents.
+
+    Example: [bold]melayer scan demo --data corpus.jsonl --limit 1000 --out demo-scan[/]
+    """
+    request = MaskRequest(mask_rate, selector, strength, seed, blocks=blocks_of("--layers", layers))
     from melayer.census.observe import SITES
     from melayer.census.report import write_scan_report
     from melayer.census.scan import check, scan
     from melayer.census.table import show_scan
-    from melayer.presentation.page import check_writable
 
-    given = options.arguments()
-    corpus = options.corpus.corpus(data)
-    asked.check()
-    check(SITES if sites is None else sites, formats, asked.rate is not None, given["limit"])
+    arguments, corpus = options.arguments(), options.corpus.corpus(data)
+    observed = SITES if sites is None else items_of(sites)
+    rounded = [] if formats is None else items_of(formats)
+    request.check()
+    check(observed, rounded, mask_rate is not None, arguments["limit"])
     corpus.check()
-    if out is not None:
-        check_writable(out)
+    require_writable(out)
     loading = options.model.loading()
     loaded = load(model, {**loading, **own_device(loading)})
-    mask = asked.made(loaded, model, given)
+    mask = None
+    if mask_rate is not None:
+        require_plain(loaded, "--mask-rate")
+        mask = request.made(loaded, model, {key: arguments[key] for key in ("bos", "criterion", "parts")})
     with stopped_by_term(out), progress("Scanning", unit="documents") as part:
         result = scan(
             loaded.model,
             loaded.tokenizer,
             corpus,
-            sites=SITES if sites is None else sites,
-            formats=formats,
+            sites=observed,
+            formats=rounded,
             mask=mask,
             store=out,
             checkpoint_seconds=checkpoint_seconds,
             name=model,
             progress=part(0),
-            **given,
+            **arguments,
         )
-    if result is None:
+    if result is None:  # of several processes the first alone has it
         return
-    written = None if out is None else write_scan_report(result, out, command=shlex.join(["melayer", *sys.argv[1:]]))
-    if options.output.as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False))
-        return
-    show_scan(result, Console())
-    if written is not None:
-        output = Console(soft_wrap=True, highlight=False)
-        output.print(f"Open {written.html} in a browser; {written.json} holds the same figures.", markup=False)
+    written = None if out is None else write_scan_report(result, out, command=command_line())
+    answer(options.output.as_json, result.to_dict, lambda to: show_scan(result, to), written)

@@ -1,64 +1,141 @@
-"""What the commands `tune` and `contrast` do once their options are parsed."""
+"""The commands that train, and that compare what training has moved: tune and contrast."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from melayer.cli.options import Options, TuneOptions, blocks_of, resolved
-from melayer.cli.session import load, progress
+from melayer.cli.options import Epsilon, FirstTokens, Model, Options, TuneOptions, flat
+from melayer.cli.output import answer, command_line, require_writable
+from melayer.cli.session import Advance, load, progress
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
+    from melayer.cli.masks import MaskRequest
     from melayer.interventions.load import Loaded
     from melayer.interventions.mask import WeMask
-    from melayer.studies.contrast.contrast import Measured
+    from melayer.studies.contrast.result import Measured
     from melayer.tuning.rows import Method
 
+tune_app = typer.Typer(
+    help="Fine-tune with the mask on, wherever the policy runs: SFT, DPO, GRPO.", no_args_is_help=True
+)
 
-def run_tune(method: Method, model: str, data: str, out: Path, options: TuneOptions, **more: Any) -> None:
+Data = Annotated[
+    str, typer.Option("--data", help="A .jsonl, .json, .parquet or .csv file (.gz), or a hub id.", show_default=False)
+]
+Out = Annotated[Path, typer.Option("--out", help="Directory for the model and its record.", show_default=False)]
+ReferenceOption = Annotated[str, typer.Option("--reference", help="masked: as the policy is; plain: without the mask.")]
+
+
+@tune_app.command("sft")
+@flat
+def sft_command(model: Model, data: Data, out: Out, *, options: TuneOptions) -> None:
+    """Learn from answers, chats or texts.
+
+    Example: [bold]melayer tune sft demo --data train.jsonl --out tuned --mask-rate 0.3 --steps 30[/]
+    """
+    _tune("sft", model, data, out, options)
+
+
+@tune_app.command("dpo")
+@flat
+def dpo_command(
+    model: Model, data: Data, out: Out, reference: ReferenceOption = "masked", *, options: TuneOptions
+) -> None:
+    """Learn from pairs of a chosen and a rejected answer.
+
+    Example: [bold]melayer tune dpo demo --data pairs.jsonl --out tuned --mask-rate 0.3 --lora[/]
+    """
+    _tune("dpo", model, data, out, options, reference=reference)
+
+
+@tune_app.command("grpo")
+@flat
+def grpo_command(
+    model: Model,
+    data: Data,
+    out: Out,
+    reference: ReferenceOption = "masked",
+    instruction: Annotated[
+        str | None, typer.Option(help="What each prompt ends with; default: to answer after ####.")
+    ] = None,
+    *,
+    options: TuneOptions,
+) -> None:
+    """Learn from the policy's own answers to problems whose answer can be checked.
+
+    Example: [bold]melayer tune grpo demo --data gsm8k.jsonl --out tuned --mask-rate 0.3 --steps 10[/]
+    """
+    _tune("grpo", model, data, out, options, reference=reference, instruction=instruction)
+
+
+@flat
+def contrast_command(
+    before: Annotated[str, typer.Argument(help="A model, as for the other commands.", show_default=False)],
+    after: Annotated[str, typer.Argument(help="Another, e.g. what `tune` made of it.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Directory for a page.")] = None,
+    T: Annotated[int, typer.Option("--T", "-T", help="Tokens in each sequence for the sinks.")] = 64,
+    epsilon: Epsilon = 0.3,
+    n_first_tokens: FirstTokens = 64,
+    *,
+    options: Options,
+) -> None:
+    """Locate, rigidity and sinks of two models on the same texts: what training has moved.
+
+    Example: [bold]melayer contrast demo tuned --out demo-contrast[/]
+    """
+    from melayer.studies.contrast.contrast import contrast
+    from melayer.studies.contrast.report import write_contrast_report
+    from melayer.studies.contrast.table import show_contrast
+
+    arguments = {**options.arguments(), "T": T, "epsilon": epsilon, "n_first_tokens": n_first_tokens}
+    require_writable(out)
+    result = contrast(*(_measured(name, options, arguments) for name in (before, after)))
+    written = None if out is None else write_contrast_report(result, out, command=command_line())
+    answer(options.output.as_json, result.to_dict, lambda to: show_contrast(result, to), written)
+
+
+def _measured(name: str, options: Options, arguments: dict[str, Any]) -> Measured:
+    """One of the two; it is gone from memory when the other one is loaded."""
+    from melayer.studies.contrast.contrast import measure
+
+    loaded = load(name, options.model.loading())
+    with progress("Locating", "Measuring rigidity", "Measuring sinks") as part:
+        result = measure(loaded.model, loaded.tokenizer, **arguments, mask=loaded.mask, name=name, part=part)
+    del loaded
+    gc.collect()
+    return result
+
+
+def _tune(method: Method, model: str, data: str, out: Path, options: TuneOptions, **more: Any) -> None:
     """Loads, locates where a mask is asked for, trains under a bar, prints; only the first process of several."""
-    from melayer.interventions.mask import WeMask
-    from melayer.tuning import config as training_config
     from melayer.tuning import run as training
 
     training.check_installed()
-    shared, rows, asked = options.arguments(), options.rows.arguments(), options.masking
-    if asked.mask_rate is not None:
-        # Whatever is wrong with these is wrong before the model is loaded, too.
-        fields = _fields(options)
-        WeMask(**{**fields, "me_layer": 0, "massive_above": 0.0})
-    blocks = blocks_of("--layers", asked.layers)
-    if asked.mask_rate is None and blocks is not None:
-        raise InputError("--layers says which blocks are masked, but there is no mask. Add --mask-rate.")
-    chosen = options.training
-    config = {} if chosen.config is None else training_config.read(chosen.config)
-    config = training_config.check(method, {**config, **chosen.overrides()}, masked=asked.mask_rate is not None)
+    shared, chosen = options.arguments(), options.training
+    arguments = {**options.rows.arguments(), **more}
+    request = options.masking.request(chosen.seed)
+    config = _checked_config(method, options, request)
     import datasets
 
     datasets.disable_progress_bars()
     loaded, saved = _loaded(model, options)
     mask = saved
-    if asked.mask_rate is not None:
+    if request.rate is not None:
         if saved is not None:
             raise InputError(
                 f"{model} comes with a mask, which is on in training too. Leave --mask-rate out, or give --no-mask."
             )
-        mask = _mask(loaded, model, shared, options, blocks)
+        mask = request.made(loaded, model, shared)
     from melayer.tuning import tune
 
-    given: dict[str, Any] = {
-        **rows,
-        **more,
+    arguments |= {
         "out": out,
         "mask": mask,
         "lora": chosen.adapter(),
@@ -69,13 +146,8 @@ def run_tune(method: Method, model: str, data: str, out: Path, options: TuneOpti
         "name": str(Path(model).resolve()) if Path(model).is_dir() else model,
     }
     with progress("Training", unit="steps") as part:
-        advance = part(0)
-
-        def report(done: int, total: int, figures: Mapping[str, float]) -> None:
-            key = next((key for key in ("reward", "loss", "eval_loss") if key in figures), None)
-            advance(done, total, "" if key is None else f"{key.removeprefix('eval_')} {figures[key]:.4g}")
-
-        result = getattr(tune, method)(loaded.model, loaded.tokenizer, data, **given, progress=report)
+        train = getattr(tune, method)
+        result = train(loaded.model, loaded.tokenizer, data, **arguments, progress=_with_figures(part(0)))
     if os.environ.get("RANK", "0") != "0":
         return
     from melayer.tuning.report import write_tune_report
@@ -83,60 +155,35 @@ def run_tune(method: Method, model: str, data: str, out: Path, options: TuneOpti
     from melayer.tuning.table import show_tune
 
     history = result.history()
-    written = write_tune_report(result, history, command=shlex.join(["melayer", *sys.argv[1:]]))
-    if options.output.as_json:
-        typer.echo(json.dumps(plain(result.to_dict()), ensure_ascii=False, indent=1, allow_nan=False))
-        return
-    show_tune(result, history, Console())
-    output = Console(soft_wrap=True, highlight=False)
-    output.print(f"The model is in {out}: melayer eval {out} ... takes it, mask included.", markup=False)
-    output.print(f"Open {written.html} in a browser; {written.json} holds the same figures.", markup=False)
+    answer(
+        options.output.as_json,
+        lambda: dict(plain(result.to_dict())),
+        lambda to: show_tune(result, history, to),
+        write_tune_report(result, history, command=command_line()),
+        before=f"The model is in {out}: melayer eval {out} ... takes it, mask included.",
+    )
 
 
-def run_contrast(before: str, after: str, options: Options, *, out: Path | None, given: dict[str, Any]) -> None:
-    """Measures one model after the other, so that only one is in memory, and prints the comparison."""
-    from melayer.presentation.page import check_writable
-    from melayer.studies.contrast.contrast import contrast
-    from melayer.studies.contrast.report import write_contrast_report
-    from melayer.studies.contrast.table import show_contrast
+def _checked_config(method: Method, options: TuneOptions, request: MaskRequest) -> dict[str, Any]:
+    """The trainer's options; raises InputError for whatever is wrong before a model is loaded."""
+    from melayer.tuning import config as training_config
 
-    shared = options.arguments()
-    if out is not None:
-        check_writable(out)
-    sides = [_measured(name, shared, options, given) for name in (before, after)]
-    result = contrast(*sides)
-    written = None
-    if out is not None:
-        written = write_contrast_report(result, out, command=shlex.join(["melayer", *sys.argv[1:]]))
-    if options.output.as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False))
-        return
-    show_contrast(result, Console())
-    if written is not None:
-        output = Console(soft_wrap=True, highlight=False)
-        output.print(f"Open {written.html} in a browser; {written.json} holds the same figures.", markup=False)
+    request.check()
+    if request.rate is None and request.blocks is not None:
+        raise InputError("--layers says which blocks are masked, but there is no mask. Add --mask-rate.")
+    chosen = options.training
+    config = {} if chosen.config is None else training_config.read(chosen.config)
+    return training_config.check(method, {**config, **chosen.overrides()}, masked=request.rate is not None)
 
 
-def _measured(name: str, shared: dict[str, Any], options: Options, given: dict[str, Any]) -> Measured:
-    from melayer.studies.contrast.contrast import measure
+def _with_figures(advance: Advance) -> Any:
+    """What a trainer reports to: the bar, with the reward or the loss beside it."""
 
-    loaded = load(name, options.model.loading())
-    with progress("Locating", "Measuring rigidity", "Measuring sinks") as part:
-        result = measure(loaded.model, loaded.tokenizer, **shared, **given, mask=loaded.mask, name=name, part=part)
-    del loaded
-    gc.collect()
-    return result
+    def report(done: int, total: int, figures: Mapping[str, float]) -> None:
+        key = next((key for key in ("reward", "loss", "eval_loss") if key in figures), None)
+        advance(done, total, "" if key is None else f"{key.removeprefix('eval_')} {figures[key]:.4g}")
 
-
-def _fields(options: TuneOptions) -> dict[str, Any]:
-    asked = options.masking
-    return {
-        "rate": asked.mask_rate,
-        "strength": asked.strength,
-        "selector": asked.selector,
-        "positions": asked.positions,
-        "seed": options.training.seed,
-    }
+    return report
 
 
 def _loaded(model: str, options: TuneOptions) -> tuple[Loaded, WeMask | None]:
@@ -151,19 +198,3 @@ def _loaded(model: str, options: TuneOptions) -> tuple[Loaded, WeMask | None]:
         # The trainer applies it itself, so that it can leave it off where the reference runs.
         WeMask.detach(loaded.model)
     return loaded, loaded.mask
-
-
-def _mask(
-    loaded: Loaded, model: str, shared: dict[str, Any], options: TuneOptions, blocks: list[range] | None
-) -> WeMask:
-    from melayer.interventions.mask import WeMask
-    from melayer.measurements.locate.locate import locate
-
-    fields = _fields(options)
-    if blocks is not None:
-        fields["layers"] = tuple(resolved(blocks, loaded, shared["parts"]) or ())
-        if options.masking.positions == "first":
-            return WeMask(**fields)
-    with progress("Locating") as part:
-        located = locate(loaded.model, loaded.tokenizer, **shared, name=model, progress=part(0))
-    return WeMask.from_located(located, **fields)

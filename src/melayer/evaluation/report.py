@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.presentation.page import Written, _one_section, check_writable
-from melayer.presentation.sections import BLUE, GREY, ORANGE, Plot, Section, Table, label
+from melayer.presentation import figures
+from melayer.presentation.figures import BLUE, GREY, ORANGE, axis, hover, label, stroke
+from melayer.presentation.numbers import ABSENT
+from melayer.presentation.page import Facts, Page, Written, versions_fact, write_page
+from melayer.presentation.sections import Plot, Section, Table
 
 if TYPE_CHECKING:
     from melayer.evaluation.result import Change, EvalResult
@@ -36,56 +39,45 @@ def section(result: EvalResult) -> Section:
 
 
 def _forest(result: EvalResult) -> Plot:
-    shown = [change for change in result.changes if change.primary]
+    primary = [change for change in result.changes if change.primary]
     names = [
-        f"{label(result.place(c))}, {label(c.variant)}" + ("" if c.comparison.higher_is_better else " ↓") for c in shown
+        f"{label(result.place(change))}, {label(change.variant)}" + ("" if change.comparison.higher_is_better else " ↓")
+        for change in primary
     ]
-    found = [change.comparison for change in shown]
-    data = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "x": [round(100 * c.difference, 3) for c in found],
-            "y": names,
-            "error_x": {
-                "type": "data",
-                "symmetric": False,
-                "array": [round(100 * (c.high - c.difference), 3) for c in found],
-                "arrayminus": [round(100 * (c.difference - c.low), 3) for c in found],
-                "thickness": 2,
-            },
-            "marker": {"size": 10, "color": [BLUE if c.shown else GREY for c in found]},
-            "text": [f"wins {c.wins}, losses {c.losses}, p {c.adjusted:.3g}" for c in found],
-            "hovertemplate": "%{y}: %{x:+.1f} (%{text})<extra></extra>",
-        }
-    ]
-    base = shown[0].base
+    comparisons = [change.comparison for change in primary]
+    marker = {"size": 10, "color": [BLUE if comparison.shown else GREY for comparison in comparisons]}
+    differences = figures.points(
+        [round(100 * comparison.difference, 3) for comparison in comparisons],
+        names,
+        marker,
+        template=hover("%{y}: %{x:+.1f} (%{text})"),
+    )
+    up = [round(100 * (comparison.high - comparison.difference), 3) for comparison in comparisons]
+    down = [round(100 * (comparison.difference - comparison.low), 3) for comparison in comparisons]
+    differences["error_x"] = figures.whiskers(up, down, thickness=2)
+    differences["text"] = [f"wins {one.wins}, losses {one.losses}, p {one.adjusted:.3g}" for one in comparisons]
+    base = primary[0].base
     return Plot(
         "forest",
         "Each variant against the first",
-        _resolution(shown),
+        _resolution(primary),
         f"Each point is a variant's score less that of {base} on the same items, in points of accuracy (of "
         "perplexity: hundredths of a nat a word, more is better); the bar is the 95 % paired bootstrap interval. Blue: "
         "a difference is shown after Holm's correction. ↓ marks a score of which less is better.",
-        {
-            "data": data,
-            "layout": {
-                "xaxis": {"title": {"text": f"difference from {label(base)} (points)"}},
-                "yaxis": {"autorange": "reversed", "automargin": True},
-                "height": max(380, 160 + 34 * len(names)),
-                "showlegend": False,
-                "shapes": [
-                    {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": ORANGE}}
-                ],
-            },
-        },
+        figures.figure(
+            [differences],
+            axis(f"difference from {label(base)} (points)"),
+            axis(autorange="reversed", automargin=True),
+            figures.height(len(names), 34, beside=160, least=380),
+            {"showlegend": False, "shapes": [figures.vertical(0, stroke(ORANGE, width=None))]},
+        ),
     )
 
 
-def _resolution(shown: Sequence[Change]) -> str:
+def _resolution(primary: Sequence[Change]) -> str:
     """How small a difference these items can show."""
-    flipped = [c.comparison for c in shown if c.kind == "mean" and c.comparison.wins + c.comparison.losses]
-    widths = [50 * (comparison.high - comparison.low) for comparison in flipped]
+    accuracies = [change.comparison for change in primary if change.kind == "mean"]
+    widths = [50 * (one.high - one.low) for one in accuracies if one.wins + one.losses]
     if not widths:
         return ""
     return (
@@ -101,7 +93,7 @@ def _scores(result: EvalResult) -> Table:
             score.metric + (" *" if score.primary else ""),
             score.variant,
             f"{score.value:.1%}" if score.kind == "mean" else f"{score.value:.4f}",
-            "—" if score.low is None or score.high is None else f"{score.low:.1%} to {score.high:.1%}",
+            ABSENT if score.low is None or score.high is None else f"{score.low:.1%} to {score.high:.1%}",
             score.n,
         ]
         for score in result.scores
@@ -199,23 +191,26 @@ def write_eval_report(result: EvalResult, out: str | Path, *, command: str | Non
     Raises:
         OutputError: `out` cannot be written.
     """
-    out = Path(out)
-    check_writable(out)
     shared = result.settings["shared"]
     runs = shared.get("runs") or {"": shared}
-    facts = []
-    for name, run in runs.items():
-        model = run["model"]
-        facts += [
-            (f"Model {name}".strip(), f"{model['name']}, {model['dtype']}, fingerprint {model['fingerprint']}"),
-            ("Asked", "through the chat template" if run["chat"] else "as plain text, without a chat template"),
-            ("Items at once, device", f"{run['batch_size']}, {run['device']}"),
-            ("Versions", ", ".join(f"{what} {number}" for what, number in run["versions"].items())),
-        ]
-    for task, about in result.settings["tasks"].items():
-        versions_of = sorted(set(about["lm_eval_tasks"].values()))
-        source = ", ".join(f"{file} {sha[:12]}" for file, sha in about["data_sha256"].items()) or "the hub"
-        facts.append((task, f"{about['cite']}; lm-eval task version {', '.join(versions_of)}; items from {source}"))
+    facts = [fact for name, run in runs.items() for fact in _run_facts(name, run)]
+    facts += [_task_fact(task, about) for task, about in result.settings["tasks"].items()]
     name = ", ".join(dict.fromkeys(run["model"]["name"] for run in runs.values()))
-    values = {"evaluation": result.to_dict()}
-    return _one_section(out, section(result), name, result.notes, facts, values, command)
+    page = Page(name, [section(result)], result.notes, facts, {"evaluation": result.to_dict()})
+    return write_page(page, out, command=command)
+
+
+def _run_facts(name: str, run: Mapping[str, Any]) -> Facts:
+    model = run["model"]
+    return [
+        (f"Model {name}".strip(), f"{model['name']}, {model['dtype']}, fingerprint {model['fingerprint']}"),
+        ("Asked", "through the chat template" if run["chat"] else "as plain text, without a chat template"),
+        ("Items at once, device", f"{run['batch_size']}, {run['device']}"),
+        versions_fact(run["versions"]),
+    ]
+
+
+def _task_fact(task: str, about: Mapping[str, Any]) -> tuple[str, str]:
+    versions = ", ".join(sorted(set(about["lm_eval_tasks"].values())))
+    source = ", ".join(f"{file} {sha[:12]}" for file, sha in about["data_sha256"].items()) or "the hub"
+    return task, f"{about['cite']}; lm-eval task version {versions}; items from {source}"

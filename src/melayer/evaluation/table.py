@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from melayer.presentation.tables import table
+from melayer.presentation.tables import ABSENT, print_answer, print_text, table
 
 if TYPE_CHECKING:
     from melayer.evaluation.result import EvalResult
@@ -16,29 +15,27 @@ if TYPE_CHECKING:
 
 def show_eval(result: EvalResult, console: Console) -> None:
     """Prints an evaluation: the answer, every score, and what each comparison allows to conclude."""
-    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="dim", highlight=False)
+    print_answer(console, result.sentence, result.notes)
     console.print(_scores(result))
     if result.changes:
         console.print(_changes(result))
     if result.chosen:
-        console.print("\n[bold]Chosen[/]", highlight=False)
+        print_text(console, "\nChosen", style="bold")
         for one in result.chosen:
             where = " (same items!)" if one.same_items else ""
             text = f"{one.task} {one.metric}: {one.variant}, of {one.selected_on} items{where}; {one.change.sentence}"
-            console.print(escape(text), highlight=False)
+            print_text(console, text)
     elif result.changes:
-        console.print("\n[bold]What follows[/]", highlight=False)
+        print_text(console, "\nWhat follows", style="bold")
         for change in result.changes:
             if change.primary:
-                console.print(escape(f"{change.variant} on {result.place(change)}: {change.sentence}"), highlight=False)
-    console.print(
+                print_text(console, f"{change.variant} on {result.place(change)}: {change.sentence}")
+    print_text(
+        console,
         "Intervals are at 95 %: of a share Wilson's, of a difference a paired bootstrap by item. * marks what a "
         "benchmark is judged by; these comparisons are corrected together (Holm). p: exact McNemar test of right and "
-        f"wrong, else sign flips by item. {escape(_how(result))}",
+        f"wrong, else sign flips by item. {_how(result)}",
         style="dim",
-        highlight=False,
     )
 
 
@@ -50,7 +47,7 @@ def _scores(result: EvalResult) -> Table:
             score.metric + ("*" if score.primary else ""),
             score.variant,
             f"{score.value:.1%}" if score.kind == "mean" else f"{score.value:.4f}",
-            "-" if score.low is None or score.high is None else f"{score.low:.1%}-{score.high:.1%}",
+            ABSENT if score.low is None or score.high is None else f"{score.low:.1%}-{score.high:.1%}",
             score.n,
         ]
         for score in result.scores

@@ -17,7 +17,7 @@ from torch import nn
 from melayer.errors import InputError, MelayerWarning
 from melayer.interventions.positions import Positions, positions
 from melayer.model import hooks, wiring
-from melayer.model.decoder import Block, Decoder
+from melayer.model.decoder import Block, Decoder, plain_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,19 +43,29 @@ class Masking:
     massive_above: float | None
 
 
-# The blocks of models that something is applied to: two edits at once would each see the other's result.
-_taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The first blocks of models that something is applied to: two edits at once would each see the other's result.
+_edited: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def free(model: PreTrainedModel, parts: Mapping[str, str] | None = None) -> Decoder:
-    """The model's parts, if nothing is applied to it and it is not compiled."""
-    if any("_compiled_call" in vars(m) or "_orig_mod" in m._modules or m._compiled_call_impl for m in model.modules()):
+def require_unmasked(model: PreTrainedModel | Decoder, parts: Mapping[str, str] | None = None) -> Decoder:
+    """The model's parts, if nothing is applied to it and it is not compiled.
+
+    Args:
+        model: The model, or its parts where they were read before.
+        parts: Names of parts that `wiring.read` does not find by itself.
+
+    Raises:
+        InputError: It is compiled, or a mask or a comparator is applied to it.
+        ArchitectureError: A part of the model was not found.
+    """
+    modules = plain_model(model).modules()
+    if any("_compiled_call" in vars(m) or "_orig_mod" in m._modules or m._compiled_call_impl for m in modules):
         raise InputError(
             "The model is compiled, and compiled code does not see hooks. Apply the mask to the uncompiled model, or "
             "bake a prefix with mask.bake(model, ids) and compile the plain model."
         )
     decoder = wiring.read(model, parts=parts)
-    if decoder.blocks[0].module in _taken:
+    if decoder.blocks[0].module in _edited:
         raise InputError(
             "A mask or a comparator is applied to this model already. Leave its context first, or take a loaded mask "
             "off with WeMask.detach(model)."
@@ -64,11 +74,11 @@ def free(model: PreTrainedModel, parts: Mapping[str, str] | None = None) -> Deco
 
 
 @contextmanager
-def claimed(decoder: Decoder) -> Iterator[None]:
+def exclusive(decoder: Decoder) -> Iterator[None]:
     """Nothing else is applied to the model inside the context, and `generate` does not compile it."""
     config = getattr(decoder.model, "generation_config", None)
     compiles = getattr(config, "disable_compile", None)
-    _taken.add(decoder.blocks[0].module)
+    _edited.add(decoder.blocks[0].module)
     try:
         if config is not None:
             config.disable_compile = True
@@ -76,7 +86,7 @@ def claimed(decoder: Decoder) -> Iterator[None]:
     finally:
         if config is not None:
             config.disable_compile = compiles
-        _taken.discard(decoder.blocks[0].module)
+        _edited.discard(decoder.blocks[0].module)
 
 
 class _Attached:
@@ -121,8 +131,8 @@ class _Call:
 
 
 @dataclass(eq=False)
-class Applied:
-    """A mask on a model, with what it knows about the call at hand."""
+class MaskHooks:
+    """The hooks of a mask on a model, with what they know about the call at hand."""
 
     masking: Masking
     decoder: Decoder
@@ -151,7 +161,7 @@ class Applied:
                 stack.enter_context(hooks.watch(watched, lambda _, hidden: self._recognise(hidden)))
             points = [(layer, block.sites["attn_in"]) for layer, block in self.masking.blocks.items()]
             stack.enter_context(hooks.edit(points, self._masked))
-            stack.enter_context(_remembered(self))
+            stack.enter_context(replay_on_recompute(self))
             yield
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -233,25 +243,25 @@ class Applied:
 
 
 @contextmanager
-def _remembered(applied: Applied) -> Iterator[None]:
+def replay_on_recompute(hooked: MaskHooks) -> Iterator[None]:
     """Under gradient checkpointing a block runs again in the backward pass: then with the call that it was part of."""
-    blocks = [block.module for block in applied.decoder.blocks]
+    blocks = [block.module for block in hooked.decoder.blocks]
     originals: dict[nn.Module, Callable[..., Any]] = {}
 
     def checkpoint(original: Callable[..., Any], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = applied.call
+        call = hooked.call
 
         def again(*inner: Any) -> Any:
-            now, applied.call = applied.call, call
+            now, hooked.call = hooked.call, call
             try:
                 return run(*inner)
             finally:
-                applied.call = now
+                hooked.call = now
 
         return original(again, *args, **kwargs)
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not applied.decoder.stack.training:
+        if not hooked.decoder.stack.training:
             return  # nothing runs again
         # At each call, since checkpointing may have been turned on inside the context.
         for block in blocks:
@@ -261,7 +271,7 @@ def _remembered(applied: Applied) -> Iterator[None]:
                 vars(block)["_gradient_checkpointing_func"] = partial(checkpoint, original)
 
     try:
-        with hooks.record_arguments([(0, applied.decoder.stack)], lambda _, args, kwargs: before(args, kwargs)):
+        with hooks.record_arguments([(0, hooked.decoder.stack)], lambda _, args, kwargs: before(args, kwargs)):
             yield
     finally:
         for block, original in originals.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from melayer.errors import InputError, OutputError
 from melayer.interventions.mask import WeMask
 from melayer.model import wiring
-from melayer.model.provenance import fingerprint
+from melayer.model.decoder import Decoder, plain_model
+from melayer.model.provenance import fingerprint, require_same_model
+from melayer.runs import atomic
 from melayer.version import __version__
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 TENSORS, ABOUT = "prefix.safetensors", "prefix.json"
 VERSION = 1
@@ -44,7 +46,7 @@ class BakedPrefix:
     mask: WeMask | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, ids: Sequence[int], mask: WeMask | None = None) -> BakedPrefix:
+    def of(cls, model: PreTrainedModel | Decoder, ids: Sequence[int], mask: WeMask | None = None) -> BakedPrefix:
         """Computes it, see `WeMask.bake`.
 
         Raises:
@@ -52,7 +54,7 @@ class BakedPrefix:
         """
         # A mask without blocks changes nothing, and computes the plain model's.
         cache = (mask or WeMask(rate=0, layers=())).bake(model, ids)
-        return cls(tuple(int(token) for token in ids), cache, fingerprint(model), mask)
+        return cls(tuple(int(token) for token in ids), cache, fingerprint(plain_model(model)), mask)
 
     def rows(self, n: int) -> Cache:
         """A copy for `n` rows, to go on from."""
@@ -97,19 +99,16 @@ class BakedPrefix:
         if self.mask is not None:
             self.mask.save(directory)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=directory, prefix=".melayer-") as temporary:
-                save_file(tensors, Path(temporary) / TENSORS)
-                (Path(temporary) / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-                for name in (TENSORS, ABOUT):
-                    (Path(temporary) / name).replace(directory / name)
+            with atomic.staged(directory, last=ABOUT) as place:
+                save_file(tensors, place / TENSORS)
+                (place / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"The prefix cannot be written to {directory}: {reason}. Give another place.") from error
         return directory
 
     @classmethod
-    def load(cls, directory: str | Path, model: PreTrainedModel) -> BakedPrefix:
+    def load(cls, directory: str | Path, model: PreTrainedModel | Decoder) -> BakedPrefix:
         """What `save` wrote, on the devices of the model.
 
         Raises:
@@ -132,13 +131,15 @@ class BakedPrefix:
             ) from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise InputError(f"The prefix in {directory} cannot be read: {error}. Write it again.") from error
-        found = fingerprint(model)
-        if computed_by != found:
-            raise InputError(
-                f"The prefix in {directory} was computed by weights with fingerprint {computed_by}; these have "
-                f"{found}, which would read wrong keys and values. Bake it again with this model."
-            )
-        cache = DynamicCache(config=model.config)
+        plain = plain_model(model)
+        here = fingerprint(plain)
+        require_same_model(
+            computed_by,
+            here,
+            f"The prefix in {directory} was computed by weights with fingerprint {computed_by}; these have "
+            f"{here}, which would read wrong keys and values. Bake it again with this model.",
+        )
+        cache = DynamicCache(config=plain.config)
         blocks = wiring.read(model).blocks
         if len(pairs) != len(blocks):
             raise InputError(
@@ -148,5 +149,29 @@ class BakedPrefix:
         for layer, (keys, values) in enumerate(pairs):
             device = next(parameter.device for parameter in blocks[layer].module.parameters())
             device = torch.device("cpu") if device.type == "meta" else device  # offloaded
-            cache.update(keys.to(device, model.dtype), values.to(device, model.dtype), layer)
+            cache.update(keys.to(device, plain.dtype), values.to(device, plain.dtype), layer)
         return cls(ids, cache, computed_by, WeMask.load(directory) if masked else None)
+
+
+def fixed_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> list[int]:
+    """The longest run of ids with which every chat begins under the tokenizer's template: what `bake` wants.
+
+    Args:
+        tokenizer: One with a chat template.
+        system: A system prompt; by default the template's own, if any.
+
+    Raises:
+        InputError: The tokenizer has no chat template, or its chats have no common beginning.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("This tokenizer has no chat template, so chats have no fixed beginning. Bake BOS instead.")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    rows = []
+    # Beginnings of every kind, so that no token of the prefix has merged with one of them.
+    for content in ("a", "The", "0", " x", "\n", "\n\n", "(", "中", "é", '"', "<", "#"):
+        text = tokenizer.apply_chat_template([*before, {"role": "user", "content": content}], tokenize=False)
+        rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    common = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
+    if not common:
+        raise InputError("The chats of this template have no common beginning, so there is nothing to bake.")
+    return common

@@ -18,7 +18,7 @@ import torch
 from melayer.data.rows import batches, encode
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
-from melayer.interventions.apply import claimed, free
+from melayer.interventions.apply import exclusive, require_unmasked
 from melayer.interventions.mask import MadeFor
 from melayer.measurements.explain.explain import explain
 from melayer.measurements.locate.result import LocateResult
@@ -26,7 +26,7 @@ from melayer.model import hooks
 from melayer.model.decoder import Block, Decoder
 from melayer.model.forward import forward
 from melayer.model.isolated_block import Edit, flat, with_gamma
-from melayer.model.provenance import fingerprint
+from melayer.model.provenance import fingerprint, require_same_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,21 +43,25 @@ class _AtOneBlock:
         return {"comparator": type(self).__name__, **asdict(self)}
 
     @contextmanager
-    def apply(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> Iterator[None]:
+    def apply(self, model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = None) -> Iterator[None]:
         """Every forward pass inside the context runs under the edit; no weight is touched, no hook stays.
+
+        Args:
+            model: A causal language model from transformers, or its parts, read before.
+            parts: Names of parts that `wiring.read` does not find by itself.
 
         Raises:
             InputError: It does not fit the model, something else is applied already, or the model is compiled.
             ArchitectureError: A part of the model was not found.
         """
-        decoder = free(model, parts)
+        decoder = require_unmasked(model, parts)
         made_for: MadeFor | None = getattr(self, "made_for", None)
         if made_for is not None:
             made_for.check(decoder)
         if not 0 <= self.me_layer < decoder.n_layers:
             raise InputError(f"me_layer is {self.me_layer}, but the model has blocks 0 to {decoder.n_layers - 1}.")
         edits = self._edits(decoder, decoder.blocks[self.me_layer])
-        with claimed(decoder), hooks.edit([(change, point) for point, change in edits], lambda fn, x: fn(x)):
+        with exclusive(decoder), hooks.edit([(change, point) for point, change in edits], lambda fn, x: fn(x)):
             yield
 
     def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
@@ -188,7 +192,7 @@ class CapWrite(_AtOneBlock):
             located: What `locate` found on this model, on these texts or on others.
             c: How many medians.
             texts: What to run; by default melayer's own.
-            parts: Names of parts that `architecture.read` does not find by itself.
+            parts: Names of parts that `wiring.read` does not find by itself.
 
         Raises:
             InputError: There is no ME layer or it is another model's, c is out of range, no token is ordinary, or
@@ -197,9 +201,12 @@ class CapWrite(_AtOneBlock):
         at = _me_layer(located)
         if not c >= 0:
             raise InputError(f"c is {c}; expected 0 or more medians.")
-        decoder = free(model, parts)
-        if located.model.fingerprint != fingerprint(decoder.model):
-            raise InputError("The located result is of another model. Give what locate found on this one.")
+        decoder = require_unmasked(model, parts)
+        require_same_model(
+            located.model.fingerprint,
+            fingerprint(decoder.model),
+            "The located result is of another model. Give what locate found on this one.",
+        )
         block = decoder.blocks[at]
         points = {"write": _site(block, "ffn_out"), "out": block.sites["block_out"]}
         settings = located.settings
@@ -276,7 +283,7 @@ class RemoveNeurons(_AtOneBlock):
             located: What `locate` found on the same texts.
             n: How many.
             texts: What to run; by default melayer's own.
-            parts: Names of parts that `architecture.read` does not find by itself.
+            parts: Names of parts that `wiring.read` does not find by itself.
 
         Raises:
             InputError: There is no ME layer, n is below 1, or the FFN's neurons are not known.

@@ -7,27 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import nn
+
 from melayer.errors import MelayerWarning, ModelError
-from melayer.loading import adapters
+from melayer.interventions.mask import WeMask
+from melayer.loading import adapters, hub
 from melayer.loading.checkpoint import (
-    MASK_FILE,
     DTypeName,
-    Source,
-    _check_directory,
-    _dtype,
-    _read_config,
-    _read_model,
-    _read_tokenizer,
-    _spread,
+    check_directory,
     device_of,
-    find,
+    dtype_of,
+    placement,
+    read_config,
+    read_model,
+    read_tokenizer,
 )
+from melayer.loading.source import MASK_FILE, Source, find
 from melayer.model.provenance import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from melayer.interventions.mask import WeMask
 
 
 class Loaded(NamedTuple):
@@ -39,7 +38,7 @@ class Loaded(NamedTuple):
     """The mask that was saved with the model, and is applied to it; None unless there is one."""
 
 
-def load(
+def load(  # noqa: PLR0913 - what there is to say about how a model is loaded
     name: str,
     *,
     dtype: DTypeName = "auto",
@@ -96,17 +95,18 @@ def load(
     if base is not None:
         raise ModelError(f"A base was given ({base}), but {name} is no directory with an adapter. Leave it out.")
     source = find(name)
-    spread = _spread(device_map, max_memory, offload_folder)
+    spread = placement(device_map, max_memory, offload_folder)
     target = None if spread else device_of(device)
     if source.is_local:
-        _check_directory(Path(source.location), allow_pickle)
+        check_directory(Path(source.location), allow_pickle)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    config = _read_config(source, options)
-    model = _read_model(source, config, _dtype(dtype), spread, allow_pickle, options)
-    tokenizer = _read_tokenizer(source, options)
+    config = read_config(source, options)
+    model = read_model(source, config, dtype_of(dtype), spread, allow_pickle, options)
+    tokenizer = read_tokenizer(source, options)
+    module: nn.Module = model  # whose methods have types, which PreTrainedModel's have not
     if target is not None:
-        model = model.to(target)
-    model = model.eval()
+        module.to(target)
+    module.eval()
     return Loaded(model, tokenizer, _saved_mask(source, model, revision) if mask else None)
 
 
@@ -123,33 +123,23 @@ def _with_adapter(
         raise ModelError(
             f"{name} holds an adapter for {under}, which cannot be loaded: {error} Name its place with base= (--base)."
         ) from error
-    model = adapters.merged(loaded.model, adapter, under).eval()
+    model = adapters.merged(loaded.model, adapter, under)
+    module: nn.Module = model
+    module.eval()
     source = Source(name, str(adapter.directory))
     own = (adapter.directory / "tokenizer_config.json").is_file()
-    tokenizer = _read_tokenizer(source, {}) if own else loaded.tokenizer
+    tokenizer = read_tokenizer(source, {}) if own else loaded.tokenizer
     return Loaded(model, tokenizer, _saved_mask(source, model, None, merged=True) if mask else None)
 
 
 def _saved_mask(source: Source, model: PreTrainedModel, revision: str | None, *, merged: bool = False) -> WeMask | None:
     """The mask beside the weights, applied."""
-    from transformers.utils import cached_file
-
-    from melayer.interventions.mask import WeMask
-
-    if source.is_local:
-        found = str(Path(source.location) / MASK_FILE) if (Path(source.location) / MASK_FILE).exists() else None
-    else:
-        # A repository without a mask is the common case, and no error.
-        found = cached_file(
-            source.location,
-            MASK_FILE,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    if found is None:
+    file: Path | None = Path(source.location) / MASK_FILE
+    if not source.is_local:
+        file = hub.find_file(source.location, MASK_FILE, revision)
+    if file is None or not file.exists():
         return None
-    mask = WeMask.load(Path(found).parent)
+    mask = WeMask.load(file.parent)
     if merged and mask.made_for is not None:
         # It was made for the base, whose weights were held to the adapter's record before they were merged.
         mask = replace(mask, made_for=replace(mask.made_for, fingerprint=fingerprint(model)))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,16 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 
-from melayer.errors import InputError, MelayerWarning, OutputError
-from melayer.interventions.apply import Applied, Masking, Target, attach, claimed, detach, free
-from melayer.loading.checkpoint import MASK_FILE
+from melayer.errors import InputError, MelayerWarning, OutputError, require_known
+from melayer.interventions.apply import MaskHooks, Masking, Target, attach, detach, exclusive, require_unmasked
+from melayer.loading.source import MASK_FILE
 from melayer.measurements.locate.result import LocateResult
 from melayer.model import hooks, wiring
-from melayer.model.decoder import Block, Decoder
+from melayer.model.decoder import Block, Decoder, plain_model
+from melayer.model.forward import input_device
 from melayer.model.provenance import fingerprint
+from melayer.runs import atomic
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel
 
 Selector = Literal["weight", "weight-low", "activation", "activation-low", "random", "dims"]
 
@@ -107,34 +107,42 @@ class WeMask:
         for name in ("rate", "strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1.")
-        _one_of("selector", self.selector, get_args(Selector))
-        _one_of("positions", self.positions, get_args(Target))
+        for name, known in (("selector", get_args(Selector)), ("positions", get_args(Target))):
+            require_known(getattr(self, name), known, f"{name} is {getattr(self, name)!r}")
+        # Any sequence of numbers will do.
         for name in ("layers", "dims"):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(sorted({int(item) for item in given})))
         if (self.dims is not None) != (self.selector == "dims"):
             raise InputError("dims and selector='dims' go together: give both, or neither.")
-        if self.by_layer is not None:
-            rows = tuple(tuple(int(dim) for dim in row) for row in self.by_layer)
-            object.__setattr__(self, "by_layer", rows)
-            if self.layers is None or len(rows) != len(self.layers) or self.selector.startswith("activation"):
-                raise InputError("by_layer holds the dimensions of each of layers. Make it with mask.fixed(model).")
+        self._check_by_layer()
         if self.layers is None and self.me_layer is None:
             raise InputError(
                 "The mask has no layers. Give layers=range(first, last + 1), or make it with "
                 "WeMask.from_located(melayer.locate(model, tokenizer))."
             )
         if self.positions == "massive":
-            if self.me_layer is None or self.massive_above is None:
-                raise InputError(
-                    "positions='massive' recognises tokens at the ME layer's output: give me_layer and massive_above, "
-                    "or make the mask with WeMask.from_located(...)."
-                )
-            if self.layers is not None and self.layers and self.layers[0] <= self.me_layer:
-                raise InputError(
-                    f"positions='massive' recognises tokens at the output of block {self.me_layer}, and block "
-                    f"{self.layers[0]} comes before that. Mask blocks from {self.me_layer + 1} on."
-                )
+            self._check_massive()
+
+    def _check_by_layer(self) -> None:
+        if self.by_layer is None:
+            return
+        rows = tuple(tuple(int(dim) for dim in row) for row in self.by_layer)
+        object.__setattr__(self, "by_layer", rows)
+        if self.layers is None or len(rows) != len(self.layers) or self.selector.startswith("activation"):
+            raise InputError("by_layer holds the dimensions of each of layers. Make it with mask.fixed(model).")
+
+    def _check_massive(self) -> None:
+        if self.me_layer is None or self.massive_above is None:
+            raise InputError(
+                "positions='massive' recognises tokens at the ME layer's output: give me_layer and massive_above, "
+                "or make the mask with WeMask.from_located(...)."
+            )
+        if self.layers is not None and self.layers and self.layers[0] <= self.me_layer:
+            raise InputError(
+                f"positions='massive' recognises tokens at the output of block {self.me_layer}, and block "
+                f"{self.layers[0]} comes before that. Mask blocks from {self.me_layer + 1} on."
+            )
 
     @classmethod
     def from_located(cls, located: LocateResult, **options: Any) -> WeMask:
@@ -156,7 +164,7 @@ class WeMask:
     @contextmanager
     def apply(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Decoder,
         *,
         parts: Mapping[str, str] | None = None,
         when: Callable[[], bool] | None = None,
@@ -166,8 +174,8 @@ class WeMask:
         The weights are never touched, and the hooks are gone afterwards, also after an exception.
 
         Args:
-            model: A causal language model from transformers, also wrapped by PEFT.
-            parts: Names of parts that `architecture.read` does not find by itself.
+            model: A causal language model from transformers, also wrapped by PEFT; or its parts, read before.
+            parts: Names of parts that `wiring.read` does not find by itself.
             when: Asked at each call of the model; where it says no, that call runs without the mask.
 
         Raises:
@@ -178,18 +186,18 @@ class WeMask:
             MelayerWarning: The weights differ from those that the mask was made for; or, at the first prompt, none
                 of the tokens that are masked is massive.
         """
-        decoder = free(model, parts)
+        decoder = require_unmasked(model, parts)
         masking = self._masking(decoder)
         with ExitStack() as stack:
-            stack.enter_context(claimed(decoder))
+            stack.enter_context(exclusive(decoder))
             # Rate 0 and strength 0 change nothing: no hook is the surest way to leave every bit as it is.
             if masking.count and self.strength:
-                stack.enter_context(Applied(masking, decoder, when).hooked())
+                stack.enter_context(MaskHooks(masking, decoder, when).hooked())
             yield
 
-    def attach(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> None:
+    def attach(self, model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = None) -> None:
         """Applies the mask for good, as far as this object in memory goes; `detach` takes it off. See `apply`."""
-        attach(model, self.apply(model, parts=parts))
+        attach(plain_model(model), self.apply(model, parts=parts))
 
     @staticmethod
     def detach(model: PreTrainedModel) -> None:
@@ -201,7 +209,7 @@ class WeMask:
         if not detach(model):
             raise InputError("No mask is attached to this model. One applied by `with` ends with its block.")
 
-    def fixed(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> WeMask:
+    def fixed(self, model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = None) -> WeMask:
         """The same mask with its blocks and dimensions written down, so that it stays what it is when weights change.
 
         `weight` ranks by gamma, and training changes gamma: without this, a mask would choose other dimensions
@@ -218,7 +226,7 @@ class WeMask:
         rows = tuple(tuple(masking.keeps[at].lt(1).nonzero().flatten().tolist()) for at in layers)
         return replace(self, layers=layers, by_layer=rows)
 
-    def selected(self, model: PreTrainedModel) -> dict[int, tuple[int, ...]]:
+    def selected(self, model: PreTrainedModel | Decoder) -> dict[int, tuple[int, ...]]:
         """For each masked block its masked dimensions; empty for the activation selectors, which choose by token.
 
         Raises:
@@ -229,7 +237,7 @@ class WeMask:
 
     # --- fixed prefixes --------------------------------------------------------------------------------------------
 
-    def bake(self, model: PreTrainedModel, prefix: Sequence[int] | torch.Tensor) -> Cache:
+    def bake(self, model: PreTrainedModel | Decoder, prefix: Sequence[int] | torch.Tensor) -> Cache:
         """The key/value cache of a fixed prefix under the mask; the plain model goes on from it as if masked.
 
         The first token sees only itself, so the mask changes nothing but what is in this cache. Give a copy of it to
@@ -237,7 +245,7 @@ class WeMask:
         begin with the prefix.
 
         Args:
-            model: The model.
+            model: The model, or its parts, read before.
             prefix: The ids that every sequence begins with, [n] or [1, n]; BOS alone will do.
 
         Raises:
@@ -251,10 +259,10 @@ class WeMask:
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.shape[0] != 1 or not ids.numel():
             raise InputError(f"The prefix has shape {tuple(ids.shape)}; expected one row of at least one id.")
-        cache = DynamicCache(config=model.config)
-        with self.apply(model), hooks.measuring(model):
-            device = model.get_input_embeddings().weight.device
-            model(ids.to(device), use_cache=True, **{hooks.cache_argument(model): cache})
+        plain = plain_model(model)
+        cache = DynamicCache(config=plain.config)
+        with self.apply(model), hooks.measuring(plain):
+            plain(ids.to(input_device(plain)), use_cache=True, **{hooks.cache_argument(plain): cache})
         return cache
 
     # --- files -----------------------------------------------------------------------------------------------------
@@ -268,11 +276,7 @@ class WeMask:
         path = Path(directory) / MASK_FILE
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".melayer-") as temporary:
-                written = Path(temporary) / MASK_FILE
-                written.write_text(text, encoding="utf-8")
-                written.replace(path)
+            atomic.write_text(path, text)
         except OSError as error:
             raise OutputError(f"The mask cannot be written to {path}: {error.strerror}. Give another place.") from error
         return path
@@ -390,32 +394,3 @@ class WeMask:
         keep = torch.ones(d_model)
         keep[chosen] = 1.0 - self.strength
         return keep
-
-
-def fixed_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> list[int]:
-    """The longest run of ids with which every chat begins under the tokenizer's template: what `bake` wants.
-
-    Args:
-        tokenizer: One with a chat template.
-        system: A system prompt; by default the template's own, if any.
-
-    Raises:
-        InputError: The tokenizer has no chat template, or its chats have no common beginning.
-    """
-    if not tokenizer.chat_template:
-        raise InputError("This tokenizer has no chat template, so chats have no fixed beginning. Bake BOS instead.")
-    before = [] if system is None else [{"role": "system", "content": system}]
-    rows = []
-    # Beginnings of every kind, so that no token of the prefix has merged with one of them.
-    for content in ("a", "The", "0", " x", "\n", "\n\n", "(", "中", "é", '"', "<", "#"):
-        text = tokenizer.apply_chat_template([*before, {"role": "user", "content": content}], tokenize=False)
-        rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    common = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
-    if not common:
-        raise InputError("The chats of this template have no common beginning, so there is nothing to bake.")
-    return common
-
-
-def _one_of(name: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise InputError(f"{name} is {given!r}; expected one of {', '.join(known)}.")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import MelayerWarning, ModelError
+from melayer.errors import MelayerWarning, ModelError, first_line
 from melayer.model.provenance import fingerprint
+from melayer.runs import atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ def name_base(directory: Path, name: str) -> None:
     """Writes the base's name into an adapter's config, in place of where it was loaded from on this machine."""
     path = directory / FILE
     if path.exists():
-        path.write_text(json.dumps({**_read(path), "base_model_name_or_path": name}, indent=2), encoding="utf-8")
+        atomic.write_text(path, json.dumps({**_read(path), "base_model_name_or_path": name}, indent=2))
 
 
 def merged(model: PreTrainedModel, adapter: Adapter, base: str) -> PreTrainedModel:
@@ -80,11 +81,10 @@ def merged(model: PreTrainedModel, adapter: Adapter, base: str) -> PreTrainedMod
             # Between peft and transformers, about names; and the base was named by us and is at hand.
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
-            whole: Any = PeftModel.from_pretrained(model, str(adapter.directory)).merge_and_unload()
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter.directory))
+            whole: PreTrainedModel = adapted.merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"The adapter in {adapter.directory} does not fit {base}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise ModelError(f"The adapter in {adapter.directory} does not fit {base}: {first_line(error)}") from error
     for left in ("peft_config", "_hf_peft_config_loaded"):
         vars(whole).pop(left, None)
     return whole

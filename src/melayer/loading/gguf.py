@@ -13,12 +13,12 @@ import json
 import os
 import shutil
 import struct
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from melayer.errors import MelayerWarning, ModelError
+from melayer.runs.atomic import staged_directory
 from melayer.runs.cache import cache_directory, sha256_of
 
 if TYPE_CHECKING:
@@ -73,12 +73,8 @@ def convert(path: Path, *, cache: Path | None = None) -> Path:
                 shutil.rmtree(left)
             if entry.exists():
                 shutil.rmtree(entry)
-            working = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=root))
-            try:
+            with staged_directory(entry) as working:
                 _write_entry(path, source, working)
-                working.rename(entry)
-            finally:
-                shutil.rmtree(working, ignore_errors=True)
     except OSError as error:
         raise ModelError(
             f"The conversion of {path.name} could not be written to the cache {root}: {error}. "
@@ -232,9 +228,6 @@ def _write_entry(path: Path, source: str, directory: Path) -> None:
         "files": {file.name: sha256_of(file) for file in files},
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for file in [*files, directory / MANIFEST]:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
 
 
 def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -6,7 +6,7 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from melayer.errors import ModelError
+from melayer.errors import ModelError, first_line
 from melayer.loading.shards import INDEX, SINGLE, names_by_shard
 
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
@@ -65,6 +65,29 @@ def fetch(name: str, revision: str | None = None) -> Path:
         raise _not_to_be_had(name, error) from error
 
 
+def find_file(name: str, file: str, revision: str | None = None, *, here_only: bool = False) -> Path | None:
+    """One small file of a repository, from the hub's cache or fetched into it; None where it is not to be had.
+
+    Args:
+        name: A hub id.
+        file: Its name.
+        revision: Branch, tag or commit.
+        here_only: Only from the cache.
+    """
+    from transformers.utils.hub import cached_file
+
+    # That it is not there is the common case, and no error; nor is it that the hub does not answer.
+    path = cached_file(
+        name,
+        file,
+        revision=revision,
+        local_files_only=here_only,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path)
+
+
 def _cached(name: str, revision: str | None, reason: Exception) -> Path:
     """The checkpoint as an earlier fetch left it, where the hub does not answer."""
     from huggingface_hub import try_to_load_from_cache
@@ -76,9 +99,8 @@ def _cached(name: str, revision: str | None, reason: Exception) -> Path:
 
 
 def _not_to_be_had(name: str, error: Exception) -> ModelError:
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return ModelError(
-        f"{name!r} is not a file or directory here, and it cannot be had from the hub: {first} "
+        f"{name!r} is not a file or directory here, and it cannot be had from the hub: {first_line(error)} "
         "Check the spelling and the network, or give a local directory."
     )
 

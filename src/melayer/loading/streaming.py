@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from melayer.data.rows import Batch
 from melayer.errors import ModelError
 from melayer.loading.shards import Reader, Shards
-from melayer.model import hooks, wiring
+from melayer.model import hooks
+from melayer.model.block_lists import block_lists
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
 from melayer.model.provenance import sample
@@ -22,21 +23,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Enough(Exception):  # noqa: N818 - a signal, not an error
-    """Every block that is wanted has run; neither the rest of the blocks nor the head has anything to tell."""
-
-
-# --- blocks that come and go --------------------------------------------------------------------------------------
-
-
-class _Stream:
+class Stream:
     """The blocks of a model whose weights are on the meta device, brought in before each runs, dropped after."""
 
     def __init__(self, model: PreTrainedModel, shards: Shards, parts: Mapping[str, str], device: torch.device) -> None:
+        """Nothing is read yet."""
         self._model, self._shards, self._device = model, shards, device
         self._mapping = _conversions(model)
         # By their place among all blocks of all lists: which list is the decoder's is known only once it runs.
-        lists = wiring.block_lists(model, parts)
+        lists = block_lists(model, parts)
         self._blocks = [(f"{path}.{at}", block) for path, blocks in lists.items() for at, block in enumerate(blocks)]
         self._lasting: set[str] = set()
         self._names, self._rest = self._grouped()
@@ -44,6 +39,7 @@ class _Stream:
         self._decoder: Decoder | None = None
         self._progress: Progress | None = None
         self._total = self._done = 0
+        self._stop: Callable[[], NoReturn] | None = None
         self.last: int | None = None
         """The last block that is wanted; None for all."""
         self.samples: dict[str, torch.Tensor] = {}
@@ -63,7 +59,8 @@ class _Stream:
         assert self._decoder is not None
         # Registered behind all who watch the last block; the head, which nobody needs, is not even read.
         end = (None, self._decoder.blocks[-1].sites["block_out"])
-        with suppress(_Enough), hooks.watch([end], _end):
+        with hooks.stoppable() as stop, hooks.watch([end], lambda key, output: stop()):
+            self._stop = stop
             forward(model, batch)
 
     @contextmanager
@@ -80,7 +77,8 @@ class _Stream:
     def _bring(self, group: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prefix, block = self._blocks[group]
         if self._decoder is not None and self.last is not None and self._layer(block) > self.last:
-            raise _Enough
+            assert self._stop is not None
+            self._stop()
         self._load(self._reader.get(group))
         for name, parameter in block.named_parameters():
             if parameter.device.type == "meta":
@@ -149,17 +147,25 @@ class _Stream:
             raise ModelError(f"{where} of {self._shards.directory} cannot be converted: {error.splitlines()[-1]}")
 
 
-def _end(key: None, tensor: torch.Tensor) -> None:
-    raise _Enough
-
-
 @contextmanager
-def _streamed(
+def streamed(
     model: PreTrainedModel, shards: Shards, parts: Mapping[str, str], device: torch.device, trust_remote_code: bool
-) -> Iterator[_Stream]:
-    """The model runs inside the context: its weights come and go, and whatever is in no block stays."""
+) -> Iterator[Stream]:
+    """The model runs inside the context: its weights come and go, and whatever is in no block stays.
+
+    Args:
+        model: With every weight on the meta device.
+        shards: The checkpoint.
+        parts: Names of parts that `wiring.read` does not find by itself.
+        device: Where it runs.
+        trust_remote_code: Whether its modelling code may come from the checkpoint.
+
+    Raises:
+        ArchitectureError: It has no list of blocks.
+        ModelError: The checkpoint cannot be read.
+    """
     _fill_buffers(model, device, trust_remote_code)
-    stream = _Stream(model, shards, parts, device)
+    stream = Stream(model, shards, parts, device)
     with stream.running():
         yield stream
 

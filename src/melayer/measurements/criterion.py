@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from melayer.data.rows import Row
 from melayer.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 STAGE_SHARE = 0.10
 """A block that adds at least this share of the peak state is a stage; one that takes it away erases."""
@@ -50,29 +45,36 @@ class Criterion:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1.")
 
+    def threshold(self, median_abs: float) -> float:
+        """What |h| must exceed in a sequence whose median |h| at that block is `median_abs`."""
+        return max(self.min_abs, self.min_ratio * median_abs)
 
-# --- conclusions --------------------------------------------------------------------------------------------------
 
-
-def find_me_layer(holding: NDArray[np.bool_], criterion: Criterion, n_layers: int | None = None) -> int | None:
+def find_me_layer(
+    n_holding: Sequence[int] | NDArray[np.int64],
+    n_sequences: int,
+    criterion: Criterion,
+    *,
+    n_layers: int | None = None,
+) -> int | None:
     """The first block at which the criterion holds in a majority of the sequences, and goes on doing so.
 
     Args:
-        holding: [n_sequences, blocks run] whether each sequence holds a massive scalar at each block's output.
+        n_holding: [blocks run] how many of the sequences hold a massive scalar at each block's output.
+        n_sequences: How many sequences vote. Without any there is no ME layer.
         criterion: Its majority and persistence.
         n_layers: The model's blocks, where not all of them were run; what is found then no later block can change.
     """
-    n_sequences, n_run = holding.shape
-    if n_sequences == 0:
+    n_run = len(n_holding)
+    if not (n_sequences and n_run):
         return None
-    carried = holding.mean(axis=0) > criterion.majority
-    needed = max(1, math.ceil(criterion.persistence * (n_layers or n_run)))
-    for layer in range(n_run - needed + 1):
-        if carried[layer : layer + needed].all():
-            return layer
-    return None
+    carried = np.asarray(n_holding) / n_sequences > criterion.majority
+    whole = n_layers or n_run
+    # By division, as the share is asked for: 0.07 * 100 is a little more than 7.
+    needed = next(blocks for blocks in range(1, whole + 1) if blocks / whole >= criterion.persistence)
+    return next((layer for layer in range(n_run - needed + 1) if carried[layer : layer + needed].all()), None)
 
 
 def voting(rows: Sequence[Row], criterion: Criterion) -> list[int]:
-    """The sequences that decide on the ME layer: the long enough ones, or all where there are none."""
+    """The places of the sequences that decide on the ME layer: the long enough ones, or all where there are none."""
     return [row.index for row in rows if len(row) >= criterion.min_tokens] or [row.index for row in rows]

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from melayer.data.rows import batches, windows
-from melayer.data.texts import builtin_texts
+from melayer.data.rows import batches
 from melayer.errors import InputError
-from melayer.model import wiring
+from melayer.measurements.settings import WindowSettings, window_settings
 from melayer.model.losses import losses
-from melayer.model.provenance import ModelInfo, describe
+from melayer.model.provenance import ModelInfo
+from melayer.model.subject import Subject
 from melayer.runs.progress import Progress
 from melayer.version import __version__
 
@@ -25,7 +25,7 @@ class PerplexityResult:
     """What `perplexity` found."""
 
     model: ModelInfo
-    settings: dict[str, Any]
+    settings: WindowSettings
     T: int
     n_sequences: int
     n_predicted: int
@@ -47,7 +47,7 @@ class PerplexityResult:
         )
 
 
-def perplexity(
+def perplexity(  # noqa: PLR0913 - public: every option has a name
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -70,7 +70,7 @@ def perplexity(
         texts: What to predict; by default melayer's own.
         bos: Whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
         max_batch_tokens: Tokens in one forward pass.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model in the result.
         progress: Called with the tokens done and the tokens in all.
 
@@ -81,13 +81,30 @@ def perplexity(
     Example:
         >>> melayer.perplexity(model, tokenizer, T=256).perplexity  # doctest: +SKIP
     """
-    decoder = wiring.read(model, parts=parts)
-    rows = windows(
-        tokenizer, builtin_texts() if texts is None else texts, T, max_positions=decoder.max_positions, bos=bos
+    return perplexity_on(
+        Subject.of(model, tokenizer, parts=parts, name=name),
+        T=T,
+        texts=texts,
+        bos=bos,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress,
     )
+
+
+def perplexity_on(
+    subject: Subject,
+    *,
+    T: int = 64,
+    texts: Sequence[str] | None = None,
+    bos: bool | None = None,
+    max_batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """As `perplexity`, on a model that was read already."""
+    rows = subject.windows(texts, T, bos=bos)
     total, done = 0.0, 0
     for batch in batches(rows, max_batch_tokens=max_batch_tokens):
-        total += float(losses(decoder, batch).double().sum())
+        total += float(losses(subject.decoder, batch).double().sum())
         done += sum(batch.lengths)
         if progress is not None:
             progress(done, T * len(rows))
@@ -99,11 +116,8 @@ def perplexity(
             "Load the model in a wider dtype, or see melayer locate."
         )
     return PerplexityResult(
-        model=describe(decoder, name),
-        settings={
-            "texts": "built-in" if texts is None else "given",
-            "bos": {"asked": bos, "sequences_with_bos": sum(row.has_bos for row in rows)},
-        },
+        model=subject.info,
+        settings=window_settings(rows, texts, bos),
         T=T,
         n_sequences=len(rows),
         n_predicted=n_predicted,

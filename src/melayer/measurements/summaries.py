@@ -1,17 +1,17 @@
-"""The first pass of every measurement: a summary of each row at each block's output."""
+"""The first pass of every measurement: a summary of each row at the embedding's and at every block's output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from melayer.data.rows import Batch, Row, batches
+from melayer.data.rows import Batch, Row
 from melayer.measurements.criterion import Criterion
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
@@ -20,72 +20,85 @@ from melayer.model.hooks import Point
 from melayer.numerics.summary import Summary, stack, summarise
 from melayer.runs.progress import Progress
 
-if TYPE_CHECKING:
-    pass
-
-
-# --- the first pass: summaries of every block --------------------------------------------------------------------
-
 
 @dataclass(frozen=True, eq=False)
 class SequenceSummary:
-    """What is kept of one row: [n_layers + 1, ...], the embedding output first."""
+    """What is kept of one row, on the host; in front of every field the embedding's output, then each block's.
+
+    The fields are those of `numerics.summary.Summary`, whose batch they lack: [1 + blocks run] and on.
+    """
 
     values: NDArray[np.float32]
+    """[1 + blocks run, k]"""
     tokens: NDArray[np.int64]
+    """[1 + blocks run, k]"""
     dims: NDArray[np.int64]
+    """[1 + blocks run, k]"""
     median_abs: NDArray[np.float32]
     n_massive: NDArray[np.int64]
     top_norm: NDArray[np.float32]
     others_norm: NDArray[np.float32]
     n_non_finite: NDArray[np.int64]
     token_max: NDArray[np.float32]
+    """[1 + blocks run, MAP_TOKENS]"""
+
+    @property
+    def n_run(self) -> int:
+        """How many blocks were run."""
+        return len(self.n_massive) - 1
 
 
 def summaries_of(
     decoder: Decoder,
-    rows: Sequence[Row],
+    passes: Sequence[Batch],
     criterion: Criterion,
     *,
     k: int,
-    max_batch_tokens: int,
     progress: Progress | None = None,
-    around: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
-    made: Callable[[int, Summary], None] = lambda place, summary: None,
-    run: Run | None = None,
+    during_batch: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
+    on_summary: Callable[[int, Summary], None] = lambda place, summary: None,
+    run_batch: Run = forward,
 ) -> dict[int, SequenceSummary]:
-    """The summary of each row at the embedding output and at every block's output, by the row's index.
+    """The summary of each row at the embedding's output and at every block's, by the row's index.
 
     Args:
         decoder: The model's parts.
-        rows: The sequences to run.
+        passes: What to run, a forward pass each; see `data.rows.batches`.
         criterion: Its thresholds decide what is counted as massive.
         k: How many of the largest entries to keep for each row and block.
-        max_batch_tokens: Tokens in one forward pass.
         progress: Called with the tokens done and the tokens in all.
-        around: A context for each batch's forward pass, where another measurement listens in.
-        made: Called with each summary once it is there, and its place: 0 for the embedding, then block by block.
-        run: Runs a batch, in place of `forward`. Where it stops before the last block, so do the summaries.
+        during_batch: A context for each batch's forward pass, where another measurement listens in.
+        on_summary: Called with each summary once it is there, and its place: 0 for the embedding, then block by block.
+        run_batch: Runs a batch. Where it stops before the last block, so do the summaries.
     """
     points: list[tuple[int, Point]] = [(0, decoder.embedding_output)]
     points += [(block.layer + 1, block.sites["block_out"]) for block in decoder.blocks]
-    total, done = sum(map(len, rows)), 0
-    found: dict[int, SequenceSummary] = {}
-    for batch in batches(rows, max_batch_tokens=max_batch_tokens):
-        seen: dict[int, Summary] = {}
+    total, done = sum(sum(batch.lengths) for batch in passes), 0
+    by_row: dict[int, SequenceSummary] = {}
+    for batch in passes:
+        by_place: dict[int, Summary] = {}
 
-        def see(layer: int, hidden: torch.Tensor, lengths: Sequence[int] = batch.lengths, into: Any = seen) -> None:
-            into[layer] = summarise(hidden, lengths, min_abs=criterion.min_abs, min_ratio=criterion.min_ratio, k=k)
-            made(layer, into[layer])
+        def see(place: int, hidden: torch.Tensor, lengths: Sequence[int] = batch.lengths, into: Any = by_place) -> None:
+            into[place] = summarise(hidden, lengths, min_abs=criterion.min_abs, min_ratio=criterion.min_ratio, k=k)
+            on_summary(place, into[place])
 
-        with around(batch), hooks.watch(points, see):
-            (run or forward)(decoder.model, batch)
-        stacked = stack([seen[layer] for layer in range(len(seen))]).cpu()
-        for place, row in enumerate(batch.rows):
-            found[row.index] = SequenceSummary(
-                **{key: getattr(stacked, key)[:, place].numpy() for key in SequenceSummary.__dataclass_fields__}
+        with during_batch(batch), hooks.watch(points, see):
+            run_batch(decoder.model, batch)
+        stacked = stack([by_place[place] for place in range(len(by_place))]).cpu()
+        for number, row in enumerate(batch.rows):
+            by_row[row.index] = SequenceSummary(
+                **{field.name: getattr(stacked, field.name)[:, number].numpy() for field in fields(SequenceSummary)}
             )
         done += sum(batch.lengths)
         if progress is not None:
             progress(done, total)
-    return found
+    return by_row
+
+
+def holding_of(rows: Sequence[Row], summaries: Mapping[int, SequenceSummary]) -> NDArray[np.bool_]:
+    """[n_sequences, blocks run] whether each row holds a massive scalar at each block's output.
+
+    Where a row holds a NaN or an infinity, nothing is said of it: then it does not.
+    """
+    found = [summaries[row.index] for row in rows]
+    return np.stack([(summary.n_massive[1:] > 0) & (summary.n_non_finite[1:] == 0) for summary in found])

@@ -1,16 +1,19 @@
-"""Ordinary attention that also tells how much chosen keys draw, without the [T, T] matrix.
+"""Ordinary attention that also tells how much chosen keys draw, without the [T, T] matrix, and what it reads.
 
 The kernels of scaled-dot-product attention know the log-sum-exp of each query's scores. With it the attention that
-one key draws is A[t, k] = exp(scale * q_t . k_k - lse_t), which costs O(T d) for a key. The function is registered
-with transformers under a name of its own, so no modelling code is touched.
+one key draws is A[t, k] = exp(scale * q_t . k_k - lse_t), which costs O(T d) for a key. The functions are registered
+with transformers under names of their own, so no modelling code is touched; for whom they work is kept with the
+attention module itself, so that contexts on two models, in two threads or in one another do not mix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -29,16 +32,29 @@ _CHUNK = 256  # queries at once where the scores have to be written out: [_CHUNK
 class _Listening:
     """What the attention function needs to know about the batch at hand, and where it leaves what it found."""
 
-    layers: dict[int, int]
-    """id of the attention module -> layer"""
     keys: torch.Tensor
     """[batch, n_keys] positions, -1 for none"""
     real: torch.Tensor
     """[batch, seq] whether a position is a token"""
     drawn: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By layer."""
 
 
-_listening: list[_Listening] = []
+Watcher = Callable[[str, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class _Audience:
+    """Who wants to know what about one attention module."""
+
+    layer: int = -1
+    listening: _Listening | None = None
+    """The innermost context of `listen`."""
+    watchers: tuple[Watcher, ...] = ()
+    """Those of all contexts of `watch_heads`."""
+
+
+_audiences: WeakKeyDictionary[nn.Module, _Audience] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -62,7 +78,7 @@ def listen(
     Raises:
         ArchitectureError: No block has softmax attention, or one does not go through transformers' interface.
     """
-    attentions = {block.layer: block.attention for block in decoder.blocks if block.attention is not None}
+    attentions = _attentions(decoder)
     if not attentions:
         raise ArchitectureError(
             f"No block of this model ({decoder.family}) has softmax attention, so there are no attention sinks to "
@@ -70,12 +86,11 @@ def listen(
         )
     most = max(map(len, keys))
     listening = _Listening(
-        {id(module): layer for layer, module in attentions.items()},
         torch.tensor([[*row, *[-1] * (most - len(row))] for row in keys]),
         attention_mask.bool(),
     )
 
-    def found() -> dict[int, torch.Tensor]:
+    def drawn() -> dict[int, torch.Tensor]:
         silent = sorted(set(attentions) - set(listening.drawn))
         if silent:
             raise ArchitectureError(
@@ -84,12 +99,12 @@ def listen(
             )
         return listening.drawn
 
-    with _implementation(decoder, attentions.values(), lambda _: NAME):
-        _listening.append(listening)
-        try:
-            yield found
-        finally:
-            _listening.pop()
+    audiences = {
+        module: replace(_audiences.get(module, _Audience()), layer=layer, listening=listening)
+        for layer, module in attentions.items()
+    }
+    with _implementation(decoder, attentions.values(), lambda _: _listening_name()), _told(audiences):
+        yield drawn
 
 
 @contextmanager
@@ -103,43 +118,77 @@ def watch_heads(decoder: Decoder, see: Callable[[int, str, torch.Tensor], None])
         decoder: The model's parts.
         see: Receives the block, the name and the tensor [batch, n_heads, seq, d], in which it must not write.
     """
-    layers = {id(block.attention): block.layer for block in decoder.blocks if block.attention is not None}
-
-    def named(implementation: str) -> str:
-        name = f"{NAME}_before_{implementation}"
-        own = implementation in ALL_ATTENTION_FUNCTIONS.valid_keys()
-        AttentionInterface.register(name, _showing(ALL_ATTENTION_FUNCTIONS[implementation] if own else _attend))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation] if own else sdpa_mask)
-        return name
-
-    with _implementation(decoder, [block.attention for block in decoder.blocks if block.attention is not None], named):
-        _watching.append((layers, see))
-        try:
-            yield
-        finally:
-            _watching.pop()
+    attentions = _attentions(decoder)
+    audiences = {}
+    for layer, module in attentions.items():
+        before = _audiences.get(module, _Audience())
+        audiences[module] = replace(before, layer=layer, watchers=(*before.watchers, partial(see, layer)))
+    with _implementation(decoder, attentions.values(), _watching_name), _told(audiences):
+        yield
 
 
-_watching: list[tuple[dict[int, int], Callable[[int, str, torch.Tensor], None]]] = []
+def _attentions(decoder: Decoder) -> dict[int, nn.Module]:
+    """The softmax attentions by layer."""
+    return {block.layer: block.attention for block in decoder.blocks if block.attention is not None}
 
 
-def _showing(attend: Callable[..., Any]) -> Callable[..., Any]:
+@contextmanager
+def _told(audiences: Mapping[nn.Module, _Audience]) -> Iterator[None]:
+    """The modules have these audiences inside the context, and those that they had before afterwards."""
+    before = {module: _audiences.get(module) for module in audiences}
+    _audiences.update(audiences)
+    try:
+        yield
+    finally:
+        for module, audience in before.items():
+            if audience is None:
+                del _audiences[module]
+            else:
+                _audiences[module] = audience
+
+
+def _listening_name() -> str:
+    """The name of the attention function that listens, registered by its first use."""
+    AttentionInterface.register(NAME, _attend)
+    # Under the same name, or transformers would build the masks of another kernel.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def _watching_name(implementation: str) -> str:
+    """The name of the attention function that shows what it reads and then does as the model's own."""
+    if implementation.startswith(NAME):
+        return implementation  # one of ours already, which shows too
+    if implementation not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        return _listening_name()  # eager
+    name = f"{NAME}_before_{implementation}"
+    AttentionInterface.register(name, _showing(implementation))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _showing(implementation: str) -> Callable[..., Any]:
     """The attention function that shows what it reads to whoever watches."""
 
     def attend_and_show(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        layers, see = _watching[-1]
-        if id(module) in layers:
-            for name, tensor in (("q", query), ("k", key), ("v", value)):
-                see(layers[id(module)], name, tensor)
-        return attend(module, query, key, value, *args, **kwargs)
+        _show(module, query, key, value)
+        return ALL_ATTENTION_FUNCTIONS[implementation](module, query, key, value, *args, **kwargs)
 
     return attend_and_show
 
 
+def _show(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    audience = _audiences.get(module)
+    if audience is not None:
+        for see in audience.watchers:
+            for name, tensor in (("q", query), ("k", key), ("v", value)):
+                see(name, tensor)
+
+
 @contextmanager
-def _implementation(decoder: Decoder, attentions: Any, named: Callable[[str], str]) -> Iterator[None]:
+def _implementation(decoder: Decoder, attentions: Iterable[nn.Module], named: Callable[[str], str]) -> Iterator[None]:
     """The attention function of another name, given the model's own, in its place."""
     modules = [*attentions, *(m for m in decoder.model.modules() if hasattr(m, "config"))]
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
@@ -170,6 +219,7 @@ def _attend(
             f"{type(module).__name__} adds a position bias to its scores, which sinks do not know. "
             "Measure a model without one (ALiBi and T5 biases are not supported)."
         )
+    _show(module, query, key, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]:
         out, lse = _flash(query, key, value, attention_mask, scale)
@@ -180,10 +230,10 @@ def _attend(
         whole = torch.logaddexp(lse, s_aux.float().view(1, -1, 1))
         out = out * (lse - whole).exp().unsqueeze(-1).to(out.dtype)
         lse = whole
-    listening = _listening[-1] if _listening else None
-    if listening is not None and id(module) in listening.layers:
-        drawn = _drawn(query, key, lse, attention_mask, scale, softcap, listening)
-        listening.drawn[listening.layers[id(module)]] = drawn
+    audience = _audiences.get(module)
+    if audience is not None and audience.listening is not None:
+        drawn = _drawn(query, key, lse, attention_mask, scale, softcap, audience.listening)
+        audience.listening.drawn[audience.layer] = drawn
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -262,8 +312,3 @@ def _drawn(
     sums = torch.where(seen, weights, 0.0).sum(dim=2)
     means: torch.Tensor = sums / counted.sum(dim=1).unsqueeze(1)
     return torch.where((places >= 0).unsqueeze(1), means, torch.nan)
-
-
-AttentionInterface.register(NAME, _attend)
-# Under the same name, or transformers would build the masks of another kernel.
-AttentionMaskInterface.register(NAME, sdpa_mask)

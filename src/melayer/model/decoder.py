@@ -155,3 +155,8 @@ class Decoder:
     def embedding_output(self) -> Point:
         """The embedding's site: what enters block 0, positions and scaling included."""
         return Point(self.blocks[0].module, "input")
+
+
+def plain_model(model: PreTrainedModel | Decoder) -> PreTrainedModel:
+    """The model itself, where its parts may have been read before."""
+    return model.model if isinstance(model, Decoder) else model

@@ -5,15 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
 Key = TypeVar("Key")
 
-_paused: list[None] = []
+# The ids of the modules whose edits do nothing: of the models at hand, and in the thread at hand alone.
+_paused: ContextVar[frozenset[int]] = ContextVar("paused", default=frozenset())
+
+
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
+    """The forward pass at work is to end here; the context whose mark it carries catches it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +99,13 @@ def watch(points: Iterable[tuple[Key, Point]], see: Callable[[Key, torch.Tensor]
 
 
 @contextmanager
-def edits_paused() -> Iterator[None]:
-    """No edit is at work inside the context: what the model's modules pass on is their own."""
-    _paused.append(None)
+def edits_paused(model: nn.Module) -> Iterator[None]:
+    """No edit of the model is at work inside the context: what its modules pass on is their own."""
+    token = _paused.set(_paused.get() | {id(module) for module in model.modules()})
     try:
         yield
     finally:
-        _paused.pop()
+        _paused.reset(token)
 
 
 @contextmanager
@@ -116,46 +122,73 @@ def edit(
         change: Receives the key and the module's own tensor (without `Point.scale`), in which it must not write.
             Returns the new tensor, or None to leave it as it is.
     """
-
-    def at_input(key: Key) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if _paused:
-                return None
-            tensor = _input_tensor(args, kwargs)
-            if tensor is None:
-                raise TypeError(f"{type(module).__name__} has no tensor at its input")
-            new = change(key, tensor)
-            if new is None:
-                return None
-            swapped = {name: new if value is tensor else value for name, value in kwargs.items()}
-            return tuple(new if value is tensor else value for value in args), swapped
-
-        return hook
-
-    def at_output(key: Key) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if _paused:
-                return None
-            tensor = first_tensor(output)
-            if tensor is None:
-                raise TypeError(f"{type(module).__name__} has no tensor at its output")
-            new = change(key, tensor)
-            if new is None or output is tensor:
-                return new
-            return type(output)(new if value is tensor else value for value in output)
-
-        return hook
-
     with ExitStack() as stack:
         for key, point in points:
             if point.side == "input":
-                handle = point.module.register_forward_pre_hook(at_input(key), with_kwargs=True)
+                hook = _input_edit(key, change)
+                handle = point.module.register_forward_pre_hook(hook, with_kwargs=True)
             else:
-                handle = point.module.register_forward_hook(at_output(key))
+                handle = point.module.register_forward_hook(_output_edit(key, change))
             stack.callback(handle.remove)
         yield
+
+
+def _input_edit(
+    key: Key, change: Callable[[Key, torch.Tensor], torch.Tensor | None]
+) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    """The hook that changes what a module is called with."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if id(module) in _paused.get():
+            return None
+        tensor = _input_tensor(args, kwargs)
+        if tensor is None:
+            raise TypeError(f"{type(module).__name__} has no tensor at its input")
+        new = change(key, tensor)
+        if new is None:
+            return None
+        swapped = {name: new if value is tensor else value for name, value in kwargs.items()}
+        return tuple(new if value is tensor else value for value in args), swapped
+
+    return hook
+
+
+def _output_edit(key: Key, change: Callable[[Key, torch.Tensor], torch.Tensor | None]) -> Callable[..., Any]:
+    """The hook that changes what a module returns."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if id(module) in _paused.get():
+            return None
+        tensor = first_tensor(output)
+        if tensor is None:
+            raise TypeError(f"{type(module).__name__} has no tensor at its output")
+        new = change(key, tensor)
+        if new is None or output is tensor:
+            return new
+        return type(output)(new if value is tensor else value for value in output)
+
+    return hook
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], NoReturn]]:
+    """Yields a function that ends the forward pass inside the context from one of its hooks.
+
+    The context ends with it, and what comes after goes on; a pass of another context is not ended.
+    """
+    mark = object()
+
+    def stop() -> NoReturn:
+        # Not one exception kept for all: it would hold the frames of the pass, and so its tensors.
+        raise _Stop(mark)
+
+    try:
+        yield stop
+    except _Stop as signal:
+        if signal.args != (mark,):
+            raise
 
 
 @contextmanager

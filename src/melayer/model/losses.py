@@ -11,6 +11,7 @@ from melayer.data.rows import Batch
 from melayer.errors import ArchitectureError
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
+from melayer.model.forward import input_device
 from melayer.model.hooks import Point
 
 if TYPE_CHECKING:
@@ -30,20 +31,18 @@ def losses(decoder: Decoder, batch: Batch, *, cache: Cache | None = None) -> tor
     if decoder.head is None:
         raise ArchitectureError(f"This model ({decoder.family}) has no head, so there are no logits to predict with.")
     read: list[torch.Tensor] = []
-    given: list[torch.Tensor] = []
+    stretch: list[torch.Tensor] = []
 
     def swap(_: int, hidden: torch.Tensor) -> torch.Tensor:
-        if given:
-            return given[0].to(hidden.device)
+        if stretch:
+            return stretch[0].to(hidden.device)
         read.append(hidden)
         return hidden[:, :1]
 
     model = decoder.model
-    device = model.get_input_embeddings().weight.device
-    if device.type == "meta":  # offloaded: accelerate moves the inputs where they are needed
-        device = torch.device("cpu")
+    device = input_device(model)
     ids = batch.ids.to(device)
-    found = []
+    parts = []
     with hooks.measuring(model), hooks.edit([(0, Point(decoder.head, "input"))], swap):
         if cache is None:
             first = model(ids, attention_mask=batch.attention_mask.to(device), use_cache=False).logits
@@ -52,7 +51,7 @@ def losses(decoder: Decoder, batch: Batch, *, cache: Cache | None = None) -> tor
         states, targets = read[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(first.device)
         step = max(1, _LOGITS // first.shape[-1])
         for start in range(0, len(targets), step):
-            given[:] = [states[None, start : start + step]]
+            stretch[:] = [states[None, start : start + step]]
             logits = model(ids[:1, :1], use_cache=False).logits[0]
-            found.append(cross_entropy(logits.float(), targets[start : start + step], reduction="none").cpu())
-    return torch.cat(found)
+            parts.append(cross_entropy(logits.float(), targets[start : start + step], reduction="none").cpu())
+    return torch.cat(parts)

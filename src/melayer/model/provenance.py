@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from melayer.errors import InputError
 from melayer.model.decoder import Decoder
 from melayer.version import __version__
 
@@ -84,6 +85,18 @@ def sample(parameter: torch.Tensor) -> torch.Tensor:
     flat = parameter.detach().reshape(-1)
     found = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
     return found.to(torch.bfloat16, copy=True)
+
+
+def require_same_model(expected: str, found: str, said: str) -> None:
+    """Raises InputError unless two fingerprints are of the same weights, in whatever dtype.
+
+    Args:
+        expected: The fingerprint of the model that something was made with or measured on.
+        found: That of the model at hand, or of what is put beside it.
+        said: The message: what is of which model, and what to do.
+    """
+    if expected != found:
+        raise InputError(said)
 
 
 def versions() -> dict[str, str]:

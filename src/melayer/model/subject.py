@@ -21,7 +21,8 @@ class Subject:
     """A model's parts, its tokenizer, and what results say of it.
 
     Each public function makes one from the plain model that it is given, and hands it to every measurement that it
-    is made of, so that the architecture is read once.
+    is made of, so that the architecture is read once. What takes a model or its parts (`WeMask.apply`, a comparator,
+    a baked prefix) is given `decoder`, for the same reason.
     """
 
     decoder: Decoder
@@ -31,7 +32,7 @@ class Subject:
     @classmethod
     def of(
         cls,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Decoder,
         tokenizer: PreTrainedTokenizerBase,
         *,
         parts: Mapping[str, str] | None = None,
@@ -40,7 +41,8 @@ class Subject:
         """Reads the model.
 
         Args:
-            model: A causal language model from transformers, also wrapped (PEFT), with its weights in place.
+            model: A causal language model from transformers, also wrapped (PEFT), with its weights in place; or its
+                parts, where they were read before.
             tokenizer: The model's.
             parts: Names of parts that `wiring.read` does not find by itself.
             name: What to call the model in results; by default what it was loaded from.

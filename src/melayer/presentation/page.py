@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from melayer.errors import OutputError
 from melayer.presentation.sections import Plot, Section
+from melayer.runs import atomic
 from melayer.version import __version__
 
-if TYPE_CHECKING:
-    pass
+Facts = Sequence[tuple[str, str]]
+"""What the page says about where its figures come from: what, and what it is."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one report says."""
+
+    name: str
+    """The page's title: as a rule, the model's name."""
+    sections: Sequence[Section]
+    """At least one; the page opens with the first one's answer."""
+    notes: Sequence[str]
+    facts: Facts
+    """Without when and by which command the page was made, which it says by itself."""
+    values: Mapping[str, Any]
+    """The results for a program, under their names."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """For a program: what else is known of where the values come from."""
 
 
 @dataclass(frozen=True)
@@ -33,41 +50,54 @@ def check_writable(out: Path) -> None:
     Meant to be called before the measurement, so that nobody waits for a report that has no place to go.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        atomic.require_writable(out)
     except OSError as error:
         raise OutputError(
             f"The report cannot be written to {out}: {error.strerror}. Give another directory with --out."
         ) from error
 
 
-def _one_section(
-    out: Path,
-    section: Section,
-    name: str,
-    notes: Sequence[str],
-    facts: list[tuple[str, str]],
-    values: dict[str, Any],
-    command: str | None,
-) -> Written:
-    """A page of one section, with when and by which command it was made."""
+def write_page(page: Page, out: str | Path, *, command: str | None = None) -> Written:
+    """Writes `report.html` and `report.json` into `out`; both appear, whole, or what was there stays.
+
+    Args:
+        page: What it says.
+        out: A directory; made if it is missing.
+        command: The command that made it, for its provenance.
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts = [*facts, ("Made", date), *([("Command", command)] if command else [])]
-    provenance = {"date": date, "command": command}
-    page = render([section], name, notes, facts)
-    return _write(out, page, {"melayer_version": __version__, "provenance": provenance, **values})
-
-
-def _write(out: Path, page: str, values: dict[str, Any]) -> Written:
+    facts = [*page.facts, ("Made", date), *([("Command", command)] if command else [])]
+    provenance = {"date": date, "command": command, **page.provenance}
+    values = {"melayer_version": __version__, "provenance": provenance, **page.values}
     written = Written(out / "report.html", out / "report.json")
-    _replace(written.json, json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False))
-    _replace(written.html, page)
+    texts = {
+        written.json: json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False),
+        written.html: render(page, facts),
+    }
+    path = out
+    try:
+        with atomic.staged(out, last=written.html.name) as place:
+            for path, text in texts.items():
+                (place / path.name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}. Free some space or give another directory with --out."
+        ) from error
     return written
 
 
-def render(sections: list[Section], name: str, notes: Sequence[str], facts: list[tuple[str, str]]) -> str:
-    """The page as text. Whatever comes from a model or a user is escaped by the template."""
+def versions_fact(versions: Mapping[str, str]) -> tuple[str, str]:
+    """The fact that names the versions of what a figure depends on."""
+    return "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def render(page: Page, facts: Facts) -> str:
+    """The page as text, with these facts. Whatever comes from a model or a user is escaped by the template."""
     import jinja2
     from plotly.offline import get_plotlyjs
 
@@ -76,12 +106,12 @@ def render(sections: list[Section], name: str, notes: Sequence[str], facts: list
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.tests["plot"] = lambda part: isinstance(part, Plot)
-    plots = {part.key: part.figure for section in sections for part in section.parts if isinstance(part, Plot)}
+    plots = {part.key: part.figure for section in page.sections for part in section.parts if isinstance(part, Plot)}
     template = environment.from_string((templates / "report.html").read_text(encoding="utf-8"))
     return template.render(
-        sections=sections,
-        name=name,
-        notes=notes,
+        sections=page.sections,
+        name=page.name,
+        notes=page.notes,
         facts=facts,
         # `<` never appears as itself inside a script, so that no text can close it.
         figures=json.dumps(plots, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
@@ -89,22 +119,3 @@ def render(sections: list[Section], name: str, notes: Sequence[str], facts: list
         style=(templates / "report.css").read_text(encoding="utf-8"),
         script=(templates / "report.js").read_text(encoding="utf-8"),
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
-    temporary: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}. Free some space or give another directory with --out."
-        ) from error

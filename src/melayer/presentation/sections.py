@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-# Colours of Okabe and Ito (2008), darkened or lightened until they stand out on white and on near-black.
-BLUE, ORANGE, VERMILLION, GREY = "#2a86c8", "#e08a00", "#d55e00", "#8a8a8a"
-SEQUENTIAL = "Cividis"  # even steps of lightness, the same for every kind of colour vision
 
 
 @dataclass(frozen=True)
@@ -25,7 +17,7 @@ class Plot:
     takeaway: str
     reading: str
     figure: dict[str, Any]
-    """`data` and `layout`, as plotly.js takes them; colours of text, grid and background come from the page."""
+    """`data` and `layout`, as plotly.js takes them; see `figures`."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +42,3 @@ class Section:
     answer: str
     """The measurement's answer in one sentence."""
     parts: Sequence[Plot | Table]
-
-
-def label(text: str) -> str:
-    """Text for a plotly label, where `<b>` and `&lt;` would be markup."""
-    return html.escape(text, quote=False)
-
-
-def rounded(values: NDArray[Any], digits: int = 4) -> list[Any]:
-    """Numbers for the page with this many significant digits, so that it stays small; NaN becomes null."""
-    flat = [
-        None if not np.isfinite(value) else float(f"{value:.{digits - 1}e}") for value in np.asarray(values).ravel()
-    ]
-    shape = np.shape(values)
-    nested: list[Any] = np.array(flat, dtype=object).reshape(shape).tolist()
-    return nested
-
-
-def number(value: float | None, digits: int = 0) -> str:
-    """A number for a table."""
-    return "—" if value is None else f"{value:,.{digits}f}"

@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-from rich.markup import escape
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from melayer.presentation import numbers
+
+ABSENT = "-"
+"""Stands at a terminal where there is no number."""
 
 # The columns that give way where the terminal is narrow.
 WRAPPED = frozenset({"begins", "metric", "variant"})
 
+number = partial(numbers.number, absent=ABSENT)
+percent = partial(numbers.percent, absent=ABSENT)
+share = partial(numbers.share, absent=ABSENT)
+
 
 def table(title: str, columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[Any]]) -> Table:
-    """A table without rules; columns are (name, whether it holds numbers), and a number is never cut."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    shown = [[str(cell) for cell in row] for row in rows]
+    """A table without rules, under an empty line; columns are (name, whether it holds numbers).
+
+    A number is never cut. Cells and titles are shown as they are: nothing in them is markup.
+    """
+    made = Table(
+        title=Text(f"\n{title}", style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    written = [[str(cell) for cell in row] for row in rows]
     for place, (name, numeric) in enumerate(columns):
-        width = max([len(name), *(len(row[place]) for row in shown)]) if numeric else None
         made.add_column(
-            name,
+            Text(name),
             justify="right" if numeric else "left",
-            min_width=width,
+            min_width=max([len(name), *(len(row[place]) for row in written)]) if numeric else None,
             overflow="fold",
             no_wrap=name not in WRAPPED,
         )
-    for row in shown:
-        made.add_row(*map(escape, row))
-    made.title = f"\n{title}"
+    for row in written:
+        made.add_row(*map(Text, row))
     return made
 
 
-def number(value: float | None, digits: int = 0) -> str:
-    """A number for a table; `-` where there is none."""
-    return "-" if value is None else f"{value:,.{digits}f}"
+def print_answer(console: Console, sentence: str, notes: Iterable[str]) -> None:
+    """Prints what every result begins with: its answer, then what its reader has to know."""
+    print_text(console, sentence, style="bold")
+    for note in notes:
+        print_text(console, note, style="dim")
+
+
+def print_text(console: Console, text: str, *, style: str | None = None) -> None:
+    """Prints text as it is: nothing in it is markup, a number that gets a colour, or the name of an emoji."""
+    console.print(Text(text), style=style)

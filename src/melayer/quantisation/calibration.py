@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,11 @@ from melayer.errors import InputError, OutputError
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
+from melayer.model.provenance import require_same_model
 from melayer.numerics.grids import Format, scales
 from melayer.quantisation.linear_inputs import LinearInput, readers
+from melayer.quantisation.treatments import Treatment
+from melayer.runs.atomic import staged
 from melayer.runs.progress import Progress
 from melayer.version import __version__
 
@@ -44,15 +46,15 @@ class Maxima:
         """The step size of each linear input, [] or [d]; None where each token has its own."""
         if granularity == "per-token":
             return None
-        found = self.without if left_out else self.whole
-        return tuple(scales(of.max() if granularity == "per-tensor" else of, format) for of in found)
+        maxima_of = self.without if left_out else self.whole
+        return tuple(scales(of.max() if granularity == "per-tensor" else of, format) for of in maxima_of)
 
 
 def maxima(
     decoder: Decoder,
     inputs: Sequence[LinearInput],
     rows: Sequence[Row],
-    apart: torch.Tensor,
+    excluded: torch.Tensor,
     *,
     max_batch_tokens: int,
     progress: Progress | None = None,
@@ -62,23 +64,23 @@ def maxima(
     Args:
         decoder: The model's parts.
         inputs: Which tensors.
-        rows: The sequences; `index` is their place in `apart`.
-        apart: [n_sequences, T] the tokens to leave out.
+        rows: The sequences; `index` is their place in `excluded`.
+        excluded: [n_sequences, T] the tokens to leave out.
         max_batch_tokens: Tokens in one forward pass.
         progress: Called with the tokens done and the tokens in all.
     """
-    found: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] = ({}, {})
+    largest_of: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] = ({}, {})
     done = 0
     for batch in batches(rows, max_batch_tokens=max_batch_tokens):
-        out = apart[[row.index for row in batch.rows]].flatten()
+        left_out = excluded[[row.index for row in batch.rows]].flatten()
         last: list[torch.Tensor] = []
 
-        def see(place: int, x: torch.Tensor, out: torch.Tensor = out, last: list[torch.Tensor] = last) -> None:
+        def see(place: int, x: torch.Tensor, out: torch.Tensor = left_out, last: list[torch.Tensor] = last) -> None:
             if last and last[0] is x:  # seen at another map that reads it
                 return
             last[:] = [x]
             size = x.detach().reshape(-1, x.shape[-1]).abs()
-            for into, values in zip(found, (size, size.masked_fill(out.to(x.device)[:, None], 0)), strict=True):
+            for into, values in zip(largest_of, (size, size.masked_fill(out.to(x.device)[:, None], 0)), strict=True):
                 largest = values.amax(dim=0).float()
                 into[place] = torch.maximum(into[place], largest) if place in into else largest
 
@@ -87,18 +89,15 @@ def maxima(
         done += sum(batch.lengths)
         if progress is not None:
             progress(done, sum(map(len, rows)))
-    whole, without = (tuple(of[place].cpu() for place in range(len(inputs))) for of in found)
+    whole, without = (tuple(of[place].cpu() for place in range(len(inputs))) for of in largest_of)
     return Maxima(whole, without)
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ScaleSet:
     """Which scales: how they were calibrated, and for which grid."""
 
-    treatment: str
+    treatment: Treatment
     format: Format
     granularity: Granularity
 
@@ -127,8 +126,8 @@ def write_scales(
     """
     tensors = {
         f"{of.key}/{name}": scale.clone()  # one for each map: a reader looks for its own
-        for of, found in sets.items()
-        for at, scale in zip(inputs, found, strict=True)
+        for of, steps in sets.items()
+        for at, scale in zip(inputs, steps, strict=True)
         for name in at.names
     }
     values = {
@@ -141,12 +140,9 @@ def write_scales(
     }  # fmt: skip
     directory = Path(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".melayer-") as temporary:
-            save_file(tensors, Path(temporary) / TENSORS)
-            (Path(temporary) / ABOUT).write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
-            for name in (TENSORS, ABOUT):
-                (Path(temporary) / name).replace(directory / name)
+        with staged(directory, last=ABOUT) as place:
+            save_file(tensors, place / TENSORS)
+            (place / ABOUT).write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"The scales cannot be written to {directory}: {reason}. Give another place.") from error
@@ -171,11 +167,12 @@ def read_scales(
     try:
         about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
         tensors = load_file(directory / TENSORS)
-        if about["model"]["fingerprint"] != fingerprint:
-            raise InputError(
-                f"The scales in {directory} are of weights with fingerprint {about['model']['fingerprint']}; these "
-                f"have {fingerprint}. Calibrate again with this model."
-            )
+        require_same_model(
+            about["model"]["fingerprint"],
+            fingerprint,
+            f"The scales in {directory} are of weights with fingerprint {about['model']['fingerprint']}; these "
+            f"have {fingerprint}. Calibrate again with this model.",
+        )
         return tuple(tensors[f"{of.key}/{at.names[0]}"] for at in inputs)
     except FileNotFoundError as error:
         raise InputError(f"{directory} holds no {ABOUT} and {TENSORS}. Write them with quant-check --out.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from melayer.errors import InputError
 from melayer.model.decoder import Decoder
+from melayer.model.forward import probe_ids
 from melayer.model.hooks import Call, Point, edits_paused, measuring, record_calls
 
 
@@ -33,14 +34,15 @@ class LinearInput:
 
 @dataclass(frozen=True, eq=False)
 class LinearInputs:
-    """All of a model's, in the order in which they run."""
+    """What `find_linear_inputs` found."""
 
-    found: tuple[LinearInput, ...]
+    inputs: tuple[LinearInput, ...]
+    """All of a model's, in the order in which they run."""
     notes: tuple[str, ...]
     """What is not among them."""
 
 
-def linear_inputs(decoder: Decoder) -> LinearInputs:
+def find_linear_inputs(decoder: Decoder) -> LinearInputs:
     """What each `nn.Linear` (or `Conv1D`) of the blocks reads; the head and whatever lies outside of them is left out.
 
     A few tokens run through the model: which maps read the very same tensor is seen, not guessed from names.
@@ -49,9 +51,56 @@ def linear_inputs(decoder: Decoder) -> LinearInputs:
         InputError: The weights are quantised already, or an adapter is not merged.
     """
     _check_weights(decoder.model)
-    maps: dict[str, tuple[int, str, nn.Module]] = {}
-    in_lists = 0
-    of_module = {module: name for name, module in decoder.model.named_modules()}
+    maps, n_in_lists = _linear_maps(decoder)
+    read, n_tokens = _tensors_read(decoder, maps)
+    by_tensor: dict[int, list[str]] = {}  # all are held, so no two have the same id
+    for name, tensor in read.items():
+        if tensor.shape[:-1].numel() == n_tokens:
+            by_tensor.setdefault(id(tensor), []).append(name)
+    inputs = tuple(
+        LinearInput(
+            layer=maps[names[0]].layer,
+            paths=tuple(maps[name].path for name in names),
+            names=tuple(names),
+            modules=tuple(maps[name].module for name in names),
+            width=read[names[0]].shape[-1],
+        )
+        for names in by_tensor.values()
+    )
+    if not inputs:
+        raise InputError(
+            f"{type(decoder.model).__name__} has no linear map in its blocks that reads every token, so there is "
+            "nothing to quantise."
+        )
+    n_left_out = len(maps) - sum(len(at.names) for at in inputs) + n_in_lists
+    return LinearInputs(inputs, tuple(_notes(decoder, n_left_out)))
+
+
+def readers(inputs: Sequence[LinearInput]) -> Iterator[tuple[int, Point]]:
+    """Every point where one of them is read, with its place among them."""
+    for place, at in enumerate(inputs):
+        for point in at.points:
+            yield place, point
+
+
+def joined(paths: Sequence[str]) -> str:
+    """`self_attn.q_proj, k_proj, v_proj`: the first path whole, of the others the last part."""
+    return ", ".join([paths[0], *(path.rpartition(".")[2] for path in paths[1:])])
+
+
+@dataclass(frozen=True, eq=False)
+class _LinearMap:
+    layer: int
+    path: str
+    """Within its block."""
+    module: nn.Module
+
+
+def _linear_maps(decoder: Decoder) -> tuple[dict[str, _LinearMap], int]:
+    """The linear maps of the blocks by their names in the model, and how many there are in lists of modules."""
+    maps: dict[str, _LinearMap] = {}
+    n_in_lists = 0
+    name_of = {module: name for name, module in decoder.model.named_modules()}
     for block in decoder.blocks:
         lists = [path for path, module in block.module.named_modules() if isinstance(module, nn.ModuleList)]
         for path, module in block.module.named_modules():
@@ -59,63 +108,30 @@ def linear_inputs(decoder: Decoder) -> LinearInputs:
                 continue
             # One expert of many reads some tokens in an order of its own.
             if any(path.startswith(f"{of}.") for of in lists):
-                in_lists += 1
+                n_in_lists += 1
                 continue
-            maps[of_module[module]] = (block.layer, path, module)
+            maps[name_of[module]] = _LinearMap(block.layer, path, module)
+    return maps, n_in_lists
+
+
+def _tensors_read(decoder: Decoder, maps: Mapping[str, _LinearMap]) -> tuple[dict[str, torch.Tensor], int]:
+    """The very tensor that each map reads while a few tokens run, in the order of running, and how many tokens."""
     read: dict[str, torch.Tensor] = {}
 
     def note(call: Call) -> None:
         if call.read is not None:
             read[call.name] = call.read
 
-    ids = _probe(decoder)
-    watched = [(name, module) for name, (_, _, module) in maps.items()]
-    with measuring(decoder.model), edits_paused(), record_calls(watched, note):
+    ids = probe_ids(decoder.model)
+    watched = [(name, of.module) for name, of in maps.items()]
+    with measuring(decoder.model), edits_paused(decoder.model), record_calls(watched, note):
         decoder.model(input_ids=ids, use_cache=False)
-    of_tensor: dict[int, list[str]] = {}  # all are held, so no two have the same id
-    for name, tensor in read.items():
-        if tensor.shape[:-1].numel() == ids.numel():
-            of_tensor.setdefault(id(tensor), []).append(name)
-    groups = list(of_tensor.values())
-    found = tuple(
-        LinearInput(
-            layer=maps[names[0]][0],
-            paths=tuple(maps[name][1] for name in names),
-            names=tuple(names),
-            modules=tuple(maps[name][2] for name in names),
-            width=read[names[0]].shape[-1],
-        )
-        for names in groups
-    )
-    if not found:
-        raise InputError(
-            f"{type(decoder.model).__name__} has no linear map in its blocks that reads every token, so there is "
-            "nothing to quantise."
-        )
-    return LinearInputs(found, tuple(_notes(decoder, len(maps) - sum(map(len, groups)) + in_lists)))
-
-
-def readers(inputs: Sequence[LinearInput]) -> Iterator[tuple[int, Point]]:
-    """Every point where one of them is read, with its place among them."""
-    for place, found in enumerate(inputs):
-        for point in found.points:
-            yield place, point
-
-
-def short(paths: Sequence[str]) -> str:
-    """`self_attn.q_proj, k_proj, v_proj`: the first path whole, of the others the last part."""
-    return ", ".join([paths[0], *(path.rpartition(".")[2] for path in paths[1:])])
+    return read, ids.numel()
 
 
 def _is_linear(module: nn.Module) -> bool:
     # transformers' Conv1D (GPT-2) is a linear map and says so by its `nf` outputs.
     return isinstance(module, nn.Linear) or (hasattr(module, "nf") and hasattr(module, "weight"))
-
-
-def _probe(decoder: Decoder) -> torch.Tensor:
-    weight: torch.Tensor = decoder.model.get_input_embeddings().weight
-    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-    return torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % weight.shape[0]
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -134,7 +150,7 @@ def _check_weights(model: nn.Module) -> None:
         )
 
 
-def _notes(decoder: Decoder, apart: int) -> list[str]:
+def _notes(decoder: Decoder, n_left_out: int) -> list[str]:
     notes = []
     experts = sum(block.ffn is not None and block.ffn.kind == "experts" for block in decoder.blocks)
     if experts:
@@ -142,6 +158,8 @@ def _notes(decoder: Decoder, apart: int) -> list[str]:
             f"What the experts of {experts} blocks read is not rounded: each reads some of the tokens, in weights of "
             "its own."
         )
-    elif apart:
-        notes.append(f"{apart} linear maps of the blocks do not read every token, and what they read is not rounded.")
+    elif n_left_out:
+        notes.append(
+            f"{n_left_out} linear maps of the blocks do not read every token, and what they read is not rounded."
+        )
     return notes

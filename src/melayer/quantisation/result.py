@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +14,10 @@ from melayer.interventions.baked_prefix import BakedPrefix
 from melayer.model.provenance import ModelInfo
 from melayer.numerics.grids import Format
 from melayer.quantisation.calibration import Granularity, ScaleSet, write_scales
-from melayer.quantisation.linear_inputs import LinearInput, short
+from melayer.quantisation.linear_inputs import LinearInput, joined
+from melayer.quantisation.settings import QuantCheckSettings
+from melayer.quantisation.treatments import BAKED, Treatment
 from melayer.version import __version__
-
-Treatment = Literal["plain", "baked", "baked+mask", "mask"]
-TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
-BAKED: tuple[Treatment, ...] = ("baked", "baked+mask")
-MASKED: tuple[Treatment, ...] = ("baked+mask", "mask")
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Score:
+class PerplexityScore:
     """How well the model predicts. None where a loss is not finite."""
 
     nll: float | None
@@ -56,7 +53,7 @@ class Setting:
     format: Format
     granularity: Granularity
     treatment: Treatment
-    score: Score
+    score: PerplexityScore
     cost: Difference | None
     """Against the unquantised model; None where the loss is not finite, here and below."""
     against_plain: Difference | None
@@ -72,7 +69,7 @@ class Setting:
     def from_dict(cls, values: Mapping[str, Any]) -> Setting:
         """A setting by itself, from what `asdict` made of it; what it is compared with is not in there."""
         score = values["score"]
-        kept = Score(score["nll"], score["perplexity"], tuple(score["by_sequence"]))
+        kept = PerplexityScore(score["nll"], score["perplexity"], tuple(score["by_sequence"]))
         names = (values["format"], values["granularity"], values["treatment"])
         return cls(*names, kept, None, None, None, tuple(values["error"]), tuple(values["error_apart"]))
 
@@ -82,6 +79,11 @@ class Setting:
         return f"{self.format} {self.granularity} {self.treatment}"
 
     @property
+    def scale_set(self) -> ScaleSet:
+        """By what its scales, and itself, are looked up."""
+        return ScaleSet(self.treatment, self.format, self.granularity)
+
+    @property
     def median_error(self) -> float | None:
         """Over the linear inputs."""
         known = [value for value in self.error if value is not None]
@@ -89,7 +91,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Change:
+class TreatmentEffect:
     """What a treatment does to a setting."""
 
     format: Format
@@ -116,7 +118,7 @@ class InputRow:
     @property
     def label(self) -> str:
         """What to call it."""
-        return f"block {self.layer} {short(self.paths)}"
+        return f"block {self.layer} {joined(self.paths)}"
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class QuantCheckResult:
     """What `quant_check` found. Layers are 0-based."""
 
     model: ModelInfo
-    settings: dict[str, Any]
+    settings: QuantCheckSettings
     me_layer: int | None
     T: int
     n_sequences: int
@@ -153,8 +155,8 @@ class QuantCheckResult:
     prefix: Prefix
     elsewhere: Mapping[str, Elsewhere]
     """Of the `calibration` and the `evaluation` sequences."""
-    unquantised: Score
-    unquantised_mask: Score | None
+    unquantised: PerplexityScore
+    unquantised_mask: PerplexityScore | None
     """Under the mask; None where no treatment has one."""
     inputs: tuple[InputRow, ...]
     rows: tuple[Setting, ...]
@@ -179,7 +181,7 @@ class QuantCheckResult:
             "n_calibration": self.n_calibration,
             "n_predicted": self.n_predicted,
             "prefix": asdict(self.prefix),
-            "massive_elsewhere": {key: asdict(found) for key, found in self.elsewhere.items()},
+            "massive_elsewhere": {key: asdict(massive) for key, massive in self.elsewhere.items()},
             "unquantised": asdict(self.unquantised),
             "unquantised_mask": None if self.unquantised_mask is None else asdict(self.unquantised_mask),
             "inputs": [asdict(row) for row in self.inputs],
@@ -213,14 +215,14 @@ class QuantCheckResult:
         return f"{text}."
 
     @property
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[TreatmentEffect]:
         """For each format and granularity what baking and the mask change, where both sides were measured."""
-        found = []
+        effects = []
         for row in self.rows:
             change = row.by_mask if row.treatment == "baked+mask" else row.against_plain
             if change is not None and row.treatment in _CHANGED:
-                found.append(Change(row.format, row.granularity, _CHANGED[row.treatment], change))
-        return found
+                effects.append(TreatmentEffect(row.format, row.granularity, _CHANGED[row.treatment], change))
+        return effects
 
     def save(self, directory: str | Path) -> list[Path]:
         """Writes the scales of every static setting, and in a directory of its treatment's name each baked prefix.

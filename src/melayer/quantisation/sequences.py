@@ -6,93 +6,165 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from melayer.data.rows import Row, encode
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
-from melayer.model.decoder import Decoder
+from melayer.model.subject import Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def _hash(rows: Sequence[Row]) -> str:
-    return hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()
+@dataclass(frozen=True, eq=False)
+class CheckSequences:
+    """Sequences of one length that begin with the same prefix; none is both to calibrate with and to predict."""
+
+    prefix: tuple[int, ...]
+    T: int
+    calibration_rows: tuple[Row, ...]
+    evaluation_rows: tuple[Row, ...]
+
+    @property
+    def n_prefix(self) -> int:
+        """Tokens of the prefix."""
+        return len(self.prefix)
+
+    @property
+    def n_predicted(self) -> int:
+        """Tokens of each sequence that are predicted: from the second behind the prefix on."""
+        return self.T - self.n_prefix - 1
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Of all sequences to calibrate with, as progress counts them."""
+        return self.T * len(self.calibration_rows)
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Of all sequences to predict, as progress counts them."""
+        return self.T * len(self.evaluation_rows)
 
 
-def _prefix(
-    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, given: Sequence[int] | None, bos: bool | None
-) -> list[int]:
-    if given is None:
-        if bos and tokenizer.bos_token_id is None:
+def prefix_of(subject: Subject, ids: Sequence[int] | None, bos: bool | None) -> tuple[int, ...]:
+    """The ids that every sequence begins with.
+
+    Args:
+        subject: The model and its tokenizer.
+        ids: The ids that were given; None for the begin-of-sequence token.
+        bos: Whether that comes first, where none are given; None: if the tokenizer has one.
+
+    Raises:
+        InputError: An id is not the model's, none is given, or the tokenizer has no begin-of-sequence token.
+    """
+    bos_id = subject.tokenizer.bos_token_id
+    if ids is None:
+        if bos and bos_id is None:
             raise InputError("This tokenizer has no begin-of-sequence token. Give a prefix, or leave the choice to it.")
-        return [] if bos is False or tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    ids, size = [int(token) for token in given], decoder.model.get_input_embeddings().weight.shape[0]
-    for token in ids:
+        return () if bos is False or bos_id is None else (int(bos_id),)
+    size = subject.model.get_input_embeddings().weight.shape[0]
+    prefix = tuple(int(token) for token in ids)
+    for token in prefix:
         if not 0 <= token < size:
             raise InputError(f"The prefix has id {token}, but the model has tokens 0 to {size - 1}.")
-    if not ids:
+    if not prefix:
         raise InputError("The prefix is empty. Give at least one token, or none at all for the tokenizer's own.")
-    return ids
+    return prefix
 
 
-def _sequences(
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
+def check_sequences(
+    subject: Subject,
+    prefix: tuple[int, ...],
     texts: Sequence[str] | None,
     calibration: Sequence[str] | None,
-    prefix: Sequence[int],
+    *,
     T: int,
     n: int,
-) -> tuple[list[Row], list[Row]]:
-    """The sequences to calibrate with and those to predict, none of them in both."""
-    if len(prefix) + 2 > T:
-        raise InputError(
-            f"The length T is {T}; expected at least {len(prefix) + 2}: the prefix ({len(prefix)}), a token and the "
-            "next one to predict."
-        )
-    if decoder.max_positions is not None and decoder.max_positions < T:
-        raise InputError(
-            f"Sequences of T = {T} tokens were asked for, but the model has {decoder.max_positions} positions. Give a "
-            f"T of at most {decoder.max_positions}."
-        )
-    if n < 1:
-        raise InputError(f"n_sequences is {n}; expected at least 1.")
+) -> CheckSequences:
+    """The sequences to calibrate with and those to predict.
+
+    Args:
+        subject: The model and its tokenizer.
+        prefix: The ids that each begins with.
+        texts: What to predict; None for the built-in ones.
+        calibration: What to calibrate with; None for every other sequence of `texts`, which then is not predicted.
+        T: Tokens in each, the prefix counted.
+        n: Sequences of either kind, at most.
+
+    Raises:
+        InputError: T or n is out of range, the texts are too short, or a sequence would be in both.
+    """
+    _check_length(subject, len(prefix), T, n)
+    tokenizer, texts = subject.tokenizer, builtin_texts() if texts is None else texts
     if calibration is None:
-        cut = _cut(tokenizer, builtin_texts() if texts is None else texts, prefix, T, 2 * n)
-        if len(cut) < 2:
+        both = cut(tokenizer, texts, prefix, T, 2 * n)
+        if len(both) < 2:
             raise InputError(
                 f"The texts make one sequence of T = {T} tokens; expected at least two, one to calibrate with and one "
                 "to predict. Give longer texts, a smaller T, or calibration texts."
             )
-        held, predicted = cut[::2], cut[1::2]
+        calibration_rows, evaluation_rows = _numbered(both[::2]), _numbered(both[1::2])
     else:
-        held = _cut(tokenizer, calibration, prefix, T, n)
-        predicted = _cut(tokenizer, builtin_texts() if texts is None else texts, prefix, T, n)
-    known_ids = {row.ids for row in held}
-    for row in predicted:
-        if row.ids in known_ids:
+        calibration_rows = cut(tokenizer, calibration, prefix, T, n)
+        evaluation_rows = cut(tokenizer, texts, prefix, T, n)
+    calibrating = {row.ids for row in calibration_rows}
+    for row in evaluation_rows:
+        if row.ids in calibrating:
             raise InputError(
                 f"A sequence to predict ({row.text[:30]!r}…) is among those to calibrate with, so its scales would be "
                 "its own. Give calibration texts that are not among the texts."
             )
-    return [[replace(row, index=place) for place, row in enumerate(rows)] for rows in (held, predicted)]  # type: ignore[return-value]
+    return CheckSequences(prefix, T, calibration_rows, evaluation_rows)
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prefix: Sequence[int], T: int, n: int) -> list[Row]:
-    found: list[Row] = []
+def cut(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prefix: Sequence[int], T: int, n: int
+) -> tuple[Row, ...]:
+    """The first `n` sequences of exactly T tokens: the prefix, then the texts one after the other, what is left
+    over of each dropped.
+
+    Raises:
+        InputError: No text is long enough.
+    """
+    rows: list[Row] = []
     longest, step = 0, T - len(prefix)
     for row in encode(tokenizer, texts, max_tokens=sys.maxsize, bos=False):
         longest = max(longest, len(row))
         for start in range(0, len(row) - step + 1, step):
-            found.append(replace(row, ids=(*prefix, *row.ids[start : start + step]), tokens=(), has_bos=False))
-            if len(found) == n:
-                return found
-    if not found:
+            ids = (*prefix, *row.ids[start : start + step])
+            rows.append(replace(row, index=len(rows), ids=ids, tokens=(), has_bos=False))
+            if len(rows) == n:
+                return tuple(rows)
+    if not rows:
         raise InputError(
             f"No text has the {step} tokens that a sequence of T = {T} takes behind the prefix; the longest has "
             f"{longest}. Give longer texts, or a T of at most {longest + len(prefix)}."
         )
-    return found
+    return tuple(rows)
+
+
+def sha256_of(rows: Sequence[Row]) -> str:
+    """What tells these sequences from others."""
+    return hashlib.sha256(json.dumps([row.ids for row in rows]).encode()).hexdigest()
+
+
+def _check_length(subject: Subject, n_prefix: int, T: int, n: int) -> None:
+    most = subject.decoder.max_positions
+    if n_prefix + 2 > T:
+        raise InputError(
+            f"The length T is {T}; expected at least {n_prefix + 2}: the prefix ({n_prefix}), a token and the "
+            "next one to predict."
+        )
+    if most is not None and most < T:
+        raise InputError(
+            f"Sequences of T = {T} tokens were asked for, but the model has {most} positions. Give a "
+            f"T of at most {most}."
+        )
+    if n < 1:
+        raise InputError(f"n_sequences is {n}; expected at least 1.")
+
+
+def _numbered(rows: Sequence[Row]) -> tuple[Row, ...]:
+    return tuple(replace(row, index=index) for index, row in enumerate(rows))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from melayer.presentation.tables import table
+from melayer.presentation.tables import ABSENT, percent, print_answer, print_text, table
 from melayer.quantisation.result import Difference, QuantCheckResult, shown
 
 if TYPE_CHECKING:
@@ -17,25 +16,23 @@ if TYPE_CHECKING:
 
 def show_quant_check(result: QuantCheckResult, console: Console) -> None:
     """Prints the answer, every setting on a line, what follows, and the worst sites."""
-    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="dim", highlight=False)
+    print_answer(console, result.sentence, result.notes)
     console.print(_settings(result))
     if result.changes:
         console.print(_changes(result))
     console.print(_worst(result))
     under = result.unquantised_mask
-    console.print(
+    print_text(
+        console,
         f"Unquantised: {shown(result.unquantised.perplexity)}"
         + ("" if under is None else f", under the mask {shown(under.perplexity)}")
         + ". cost: mean log-loss against the unquantised model, in nats a token, with its "
         f"{result.settings['level']:.0%} interval by sequence; each stands alone: of twenty one leaves out 0 by "
         "chance. error: median over the linear inputs of the relative error of ordinary tokens. Rounded is what the "
         "linear maps of the blocks read; the head, the weights, keys and values are not. "
-        f"{escape(result.model.name)}, {result.model.dtype}, fingerprint {result.model.fingerprint}. "
+        f"{result.model.name}, {result.model.dtype}, fingerprint {result.model.fingerprint}. "
         "Blocks are 0-based.",
         style="dim",
-        highlight=False,
     )
 
 
@@ -48,9 +45,9 @@ def _settings(result: QuantCheckResult) -> Table:
             row.granularity,
             row.treatment,
             shown(row.score.perplexity),
-            "-" if row.cost is None else f"{row.cost.value:+.3f}",
+            ABSENT if row.cost is None else f"{row.cost.value:+.3f}",
             _ends(row.cost),
-            "-" if row.median_error is None else f"{row.median_error:.1%}",
+            percent(row.median_error),
         ]
         for row in result.rows
     ]
@@ -77,4 +74,4 @@ def _worst(result: QuantCheckResult) -> Table:
 
 
 def _ends(found: Difference | None) -> str:
-    return "-" if found is None or found.low is None else f"{found.low:+.3f} {found.high:+.3f}"
+    return ABSENT if found is None or found.low is None else f"{found.low:+.3f} {found.high:+.3f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,27 @@ def staged(directory: Path, *, last: str | None = None) -> Iterator[Path]:
         for file in files:
             file.replace(directory / file.name)
         sync(directory)
+
+
+@contextmanager
+def staged_directory(directory: Path) -> Iterator[Path]:
+    """A place to write files into that becomes `directory`, which is not there yet, when the context ends.
+
+    The directory appears whole or not at all. What a process that is killed leaves behind is called
+    `<directory>.*.tmp`, beside it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    place = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".tmp", dir=directory.parent))
+    try:
+        yield place
+        for path in [*place.rglob("*"), place]:
+            sync(path)
+        place.rename(directory)
+        sync(directory.parent)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

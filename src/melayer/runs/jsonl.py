@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from melayer.errors import OutputError
+from melayer.runs import atomic
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -39,10 +39,7 @@ def append(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 def replace(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Writes a file anew; a reader sees the old lines or the new ones, never a part."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        written = Path(temporary) / path.name
-        append(written, values)
-        written.replace(path)
+    atomic.write_text(path, "".join(_line(value) for value in values))
 
 
 @contextmanager

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from melayer.errors import InputError
-from melayer.measurements.explain.report import section as explain_section
-from melayer.measurements.explain.result import ExplainResult
-from melayer.measurements.locate.report import section as locate_section
-from melayer.measurements.locate.result import LocateResult
-from melayer.measurements.rigidity.report import section as rigidity_section
-from melayer.measurements.rigidity.result import RigidityResult
-from melayer.measurements.sinks.report import section as sinks_section
-from melayer.measurements.sinks.result import SinksResult
-from melayer.model.provenance import versions
-from melayer.presentation.page import Written, _write, check_writable, render
+from melayer.measurements.explain import report as explain_report
+from melayer.measurements.locate import report as locate_report
+from melayer.measurements.rigidity import report as rigidity_report
+from melayer.measurements.sinks import report as sinks_report
+from melayer.model.provenance import require_same_model, versions
+from melayer.presentation.page import Facts, Page, Written, versions_fact, write_page
 from melayer.presentation.sections import Section
-from melayer.studies.sweep.report import section as sweep_section
-from melayer.studies.sweep.result import SweepResult
-from melayer.version import __version__
+from melayer.studies.sweep import report as sweep_report
 
 if TYPE_CHECKING:
-    pass
+    from melayer.measurements.explain.result import ExplainResult
+    from melayer.measurements.locate.result import LocateResult
+    from melayer.measurements.rigidity.result import RigidityResult
+    from melayer.measurements.sinks.result import SinksResult
+    from melayer.studies.sweep.result import SweepResult
 
-_TITLES = {"explain": "Why it is there", "rigidity": "What it makes rigid", "sinks": "What attention does with it"}
+_TITLES = {"explain": explain_report.TITLE, "rigidity": rigidity_report.TITLE, "sinks": sinks_report.TITLE}
+"""Of the sections that say why there is no result."""
 
 
-def write_report(
+def write_report(  # noqa: PLR0913 - each measurement by its name
     result: LocateResult,
     out: str | Path,
     *,
@@ -63,53 +60,45 @@ def write_report(
     Example:
         >>> melayer.write_report(result, "out")  # doctest: +SKIP
     """
-    out = Path(out)
-    check_writable(out)
-    missing = dict(not_measured or {})
-    for given in (explain, rigidity, sinks, sweep):
-        if given is not None and given.model.fingerprint != result.model.fingerprint:
-            raise InputError(
-                f"The {type(given).__name__} is of another model (fingerprint {given.model.fingerprint}) than the "
-                f"LocateResult ({result.model.fingerprint}). Give results of one model."
+    for other in (explain, rigidity, sinks, sweep):
+        if other is not None:
+            require_same_model(
+                result.model.fingerprint,
+                other.model.fingerprint,
+                f"The {type(other).__name__} is of another model (fingerprint {other.model.fingerprint}) than the "
+                f"LocateResult ({result.model.fingerprint}). Give results of one model.",
             )
-    sections = [locate_section(result)]
+    sections, values = [locate_report.section(result)], {"locate": result.to_dict()}
     if explain is not None:
-        sections.append(explain_section(explain))
+        sections.append(explain_report.section(explain))
+        values["explain"] = explain.to_dict()
     if rigidity is not None:
-        sections.append(rigidity_section(rigidity))
+        sections.append(rigidity_report.section(rigidity))
+        values["rigidity"] = rigidity.to_dict()
     if sinks is not None:
-        sections.append(sinks_section(sinks))
+        sections.append(sinks_report.section(sinks))
+        values["sinks"] = sinks.to_dict()
     if sweep is not None:
-        sections.append(sweep_section(sweep))
-    sections += [Section(key, _TITLES[key], f"Not measured. {reason}", ()) for key, reason in missing.items()]
-    provenance = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "device": device,
-        "weights_sha256": weights or {},
-        "versions": versions(),
-    }
-    values = {"melayer_version": __version__, "provenance": provenance, "locate": result.to_dict()}
-    values |= {
-        key: found.to_dict()
-        for key, found in (("explain", explain), ("rigidity", rigidity), ("sinks", sinks), ("sweep", sweep))
-        if found is not None
-    }
-    if missing:
-        values["not_measured"] = missing
-    page = render(sections, result.model.name, result.notes, _facts(result, provenance))
-    return _write(out, page, values)
+        sections.append(sweep_report.section(sweep))
+        values["sweep"] = sweep.to_dict()
+    if not_measured:
+        sections += [Section(key, _TITLES[key], f"Not measured. {why}", ()) for key, why in not_measured.items()]
+        values["not_measured"] = dict(not_measured)
+    provenance = {"device": device, "weights_sha256": weights or {}, "versions": versions()}
+    facts = _facts(result, device, weights or {})
+    page = Page(result.model.name, sections, result.notes, facts, values, provenance)
+    return write_page(page, out, command=command)
 
 
-def _facts(result: LocateResult, provenance: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(result: LocateResult, device: str | None, weights: Mapping[str, str]) -> Facts:
     criterion, settings, model = result.criterion, result.settings, result.model
     bos = settings["bos"]
     asked = {None: "left to the tokenizer", True: "asked for", False: "left out on request"}[bos["asked"]]
-    facts = [
+    return [
         ("Model", f"{model.name} ({model.family}, {model.n_layers} blocks, d_model {model.d_model})"),
         ("Fingerprint of the weights", model.fingerprint),
-        *((f"sha256 of {name}", digest) for name, digest in provenance["weights_sha256"].items()),
-        ("dtype, device", f"{model.dtype}, {provenance['device'] or 'not recorded'}"),
+        *((f"sha256 of {name}", digest) for name, digest in weights.items()),
+        ("dtype, device", f"{model.dtype}, {device or 'not recorded'}"),
         (
             "Criterion",
             f"|h| > {criterion.min_abs:g} and |h| > {criterion.min_ratio:g} × median (Sun et al. 2024); ME layer: "
@@ -119,9 +108,5 @@ def _facts(result: LocateResult, provenance: dict[str, Any]) -> list[tuple[str, 
         ("Texts", f"{settings['texts']}: {settings['n_sequences']} texts, {settings['n_tokens']:,} tokens"),
         ("Begin-of-sequence token", f"{asked}; {bos['sequences_with_bos']} texts start with it"),
         ("Counting", "blocks, tokens and dimensions from 0"),
-        ("Versions", ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())),
-        ("Made", provenance["date"]),
+        versions_fact(versions()),
     ]
-    if provenance["command"]:
-        facts.append(("Command", provenance["command"]))
-    return facts

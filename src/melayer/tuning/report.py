@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from melayer.presentation.page import Written, _one_section, check_writable
-from melayer.presentation.sections import BLUE, VERMILLION, Plot, Section, Table, label, number, rounded
+from melayer.presentation import figures
+from melayer.presentation.figures import BLUE, VERMILLION, axis, hover, label, stroke
+from melayer.presentation.numbers import number, rounded
+from melayer.presentation.page import Page, Written, versions_fact, write_page
+from melayer.presentation.sections import Plot, Section, Table
 from melayer.tuning.run_directory import plain
 
 if TYPE_CHECKING:
@@ -30,24 +29,22 @@ def write_tune_report(
     Raises:
         OutputError: The directory cannot be written.
     """
-    out = Path(result.out)
-    check_writable(out)
     model, data = result.model, result.settings["data"]
     mask = "none"
     if result.mask is not None:
-        layers = result.mask.layers or ()
-        mask = f"{result.mask.selector} {result.mask.rate:g}, strength {result.mask.strength:g}, blocks "
-        mask += ", ".join(map(str, layers))
+        layers = ", ".join(map(str, result.mask.layers or ()))
+        mask = f"{result.mask.selector} {result.mask.rate:g}, strength {result.mask.strength:g}, blocks {layers}"
     facts = [
         ("Model that training began with", f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}"),
         ("Mask", mask),
         ("Reference", result.reference or "none"),
         ("Trained", "a LoRA adapter" if result.adapter else "all weights"),
         ("Data", f"{data['source']}: {data['rows']} rows, sha256 {data['sha256'][:12]}"),
-        ("Versions", ", ".join(f"{what} {number}" for what, number in result.versions.items())),
+        versions_fact(result.versions),
     ]
-    name, values = f"{result.method} on {model.name}", {"tune": plain(result.to_dict()), "log": list(history)}
-    return _one_section(out, section(result, history), name, result.notes, facts, values, command)
+    values = {"tune": plain(result.to_dict()), "log": list(history)}
+    page = Page(f"{result.method} on {model.name}", [section(result, history)], result.notes, facts, values)
+    return write_page(page, result.out, command=command)
 
 
 # Of all that the trainers log, what says whether it works, with its words; in the order in which it is shown.
@@ -67,56 +64,50 @@ CURVES: dict[str, tuple[str, str]] = {
 
 def section(result: TuneResult, history: Sequence[Mapping[str, Any]]) -> Section:
     """One plot for each curve that the method logs, and a table of some steps."""
-    trained = [line for line in history if not any(key.startswith("eval_") for key in line)]
-    held = [line for line in history if "eval_runtime" in line]
+    steps = training_steps(history)
+    validation = [line for line in history if "eval_runtime" in line]
     parts: list[Plot | Table] = [
-        _plot(key, trained, held) for key in CURVES if sum(line.get(key) is not None for line in trained) > 1
+        _plot(key, steps, validation) for key in CURVES if sum(line.get(key) is not None for line in steps) > 1
     ]
-    parts.append(_table(trained))
+    parts.append(_table(steps))
     return Section("tune", "How training went", result.sentence, parts)
 
 
-def shown(history: Sequence[Mapping[str, Any]], most: int = 10) -> list[Mapping[str, Any]]:
+def training_steps(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of a log that are of training, without those of validation."""
+    return [line for line in history if not any(key.startswith("eval_") for key in line)]
+
+
+def some(history: Sequence[Mapping[str, Any]], most: int = 10) -> list[Mapping[str, Any]]:
     """At most so many lines, evenly spaced, the first and the last among them."""
     if len(history) <= most:
         return list(history)
     return [history[round(place * (len(history) - 1) / (most - 1))] for place in range(most)]
 
 
-def _plot(key: str, trained: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> Plot:
+def _plot(key: str, steps: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> Plot:
     title, reading = CURVES[key]
-    points = [(line["step"], line[key]) for line in trained if line.get(key) is not None]
-    data = [_line("training", points, BLUE)]
-    evaluated = [(line["step"], line[f"eval_{key}"]) for line in held if line.get(f"eval_{key}") is not None]
-    if evaluated:
-        data.append(_line("validation", evaluated, VERMILLION))
+    points = [(line["step"], line[key]) for line in steps if line.get(key) is not None]
+    data = [_curve("training", points, BLUE)]
+    validated = [(line["step"], line[f"eval_{key}"]) for line in validation if line.get(f"eval_{key}") is not None]
+    if validated:
+        data.append(_curve("validation", validated, VERMILLION))
     (first, start), (last, end) = points[0], points[-1]
     return Plot(
         f"tune-{key.replace('/', '-')}",
         title,
         f"{start:.4g} at step {first}, {end:.4g} at step {last}.",
         reading,
-        {
-            "data": data,
-            "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": label(title.lower())}}},
-        },
+        figures.figure(data, axis("step"), axis(label(title.lower()))),
     )
 
 
-def _line(name: str, points: Sequence[tuple[int, float]], colour: str) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": name,
-        "x": [step for step, _ in points],
-        "y": rounded(np.array([value if value is not None else math.nan for _, value in points]), 5),
-        "line": {"color": colour, "width": 2},
-        "marker": {"size": 5},
-        "hovertemplate": f"{name}, step %{{x}}: %{{y}}<extra></extra>",
-    }
+def _curve(name: str, points: Sequence[tuple[int, float]], colour: str) -> figures.Trace:
+    steps, values = zip(*points, strict=True)
+    return figures.line(name, steps, rounded(values, 5), stroke(colour), template=hover(f"{name}, step %{{x}}: %{{y}}"))
 
 
-def _table(trained: Sequence[Mapping[str, Any]]) -> Table:
-    keys = [key for key in CURVES if any(line.get(key) is not None for line in trained)]
-    rows = [[line["step"], *(number(line.get(key), 4) for key in keys)] for line in shown(trained)]
+def _table(steps: Sequence[Mapping[str, Any]]) -> Table:
+    keys = [key for key in CURVES if any(line.get(key) is not None for line in steps)]
+    rows = [[line["step"], *(number(line.get(key), 4) for key in keys)] for line in some(steps)]
     return Table("Some steps", ["step", *(CURVES[key][0].lower() for key in keys)], rows)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import nn
 
 from melayer.errors import InputError, first_line, require_known
-from melayer.interventions.apply import free
+from melayer.interventions.apply import require_unmasked
 from melayer.loading import adapters
 from melayer.model.provenance import describe, versions
 from melayer.model.subject import Subject
@@ -52,7 +52,7 @@ def run(
     require_known_version()
     require_known(job.reference, get_args(Reference), f"reference is {job.reference!r}")
     started = time.monotonic()
-    decoder = free(model, job.parts)
+    decoder = require_unmasked(model, job.parts)
     plan = planned(Subject(decoder, tokenizer, describe(decoder, job.name)), data, job, row_options)
     checkpoint = run_directory.opened(job.out, plan.settings, resume=job.resume)
     if checkpoint is not None:

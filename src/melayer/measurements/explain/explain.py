@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from melayer.data.rows import Batch, Row, encode
-from melayer.data.texts import builtin_texts
+from melayer.data.rows import Row
 from melayer.errors import InputError
 from melayer.measurements.criterion import STAGE_SHARE, Criterion
-from melayer.measurements.explain.causes import (
-    MAJORITY,
-    BlockOnText,
-    attn_budget,
-    counterfactuals,
-    directions,
-    drivers,
-    experts,
-    ffn_budget,
-    interaction,
-)
-from melayer.measurements.explain.result import (
-    ExplainResult,
-    LayerExplanation,
-    Neuron,
-    TextCauses,
-)
-from melayer.measurements.locate.locate import locate
+from melayer.measurements.explain.block_on_text import BlockOnText, record_blocks
+from melayer.measurements.explain.budget import attn_budget, ffn_budget
+from melayer.measurements.explain.causes import MAJORITY, causes_of
+from melayer.measurements.explain.counterfactuals import counterfactuals, interaction
+from melayer.measurements.explain.result import ExplainResult, LayerExplanation, Neuron, TextCauses
+from melayer.measurements.explain.write import directions, drivers, experts
+from melayer.measurements.locate.locate import locate_on
 from melayer.measurements.locate.result import LocateResult
-from melayer.model import hooks, wiring
+from melayer.measurements.locate.reuse import options_of, require_located_on
+from melayer.measurements.settings import LAYERS_COUNTED_FROM, criterion_settings, text_settings
 from melayer.model.decoder import Decoder
-from melayer.model.forward import forward
-from melayer.model.isolated_block import BlockAlone, Called
-from melayer.model.provenance import describe
-from melayer.runs.progress import Progress
+from melayer.model.subject import Subject
+from melayer.runs.progress import Bar, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def explain(
+def explain(  # noqa: PLR0913 - public: every option has a name
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -77,7 +62,7 @@ def explain(
         top: How many neurons to list.
         max_texts: In how many of the texts to ask for the causes; all other figures are of the first.
         max_batch_tokens: Tokens in one forward pass while locating; each text is explained alone.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model in the result.
         progress: Called with the tokens done and the tokens in all.
 
@@ -92,84 +77,72 @@ def explain(
         >>> melayer.explain(model, tokenizer).layers[0].causes.attribution  # doctest: +SKIP
         'ffn'
     """
-    for option, given in (("seeds", seeds), ("top", top), ("max_texts", max_texts)):
-        if given < 1:
-            raise InputError(f"{option} is {given}; expected at least 1.")
-    builtin = texts is None
-    texts = builtin_texts() if texts is None else texts
-    decoder = wiring.read(model, parts=parts)
-    for layer in layers or ():
-        if not 0 <= layer < decoder.n_layers:
-            raise InputError(
-                f"Layer {layer} was asked for, but the model has blocks 0 to {decoder.n_layers - 1}. "
-                f"Give layers in that range, counted from 0."
-            )
-    info = describe(decoder, name)
-    halfway = False
+    return explain_on(
+        Subject.of(model, tokenizer, parts=parts, name=name),
+        texts=texts,
+        layers=layers,
+        located=located,
+        max_tokens=max_tokens,
+        bos=bos,
+        criterion=criterion,
+        seeds=seeds,
+        top=top,
+        max_texts=max_texts,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress,
+    )
+
+
+def explain_on(  # noqa: PLR0913 - the options of the public function
+    subject: Subject,
+    *,
+    texts: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    located: LocateResult | None = None,
+    max_tokens: int | None = None,
+    bos: bool | None = None,
+    criterion: Criterion | None = None,
+    seeds: int = 5,
+    top: int = 10,
+    max_texts: int = 4,
+    max_batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> ExplainResult:
+    """As `explain`, on a model that was read already."""
+    for option, value in (("seeds", seeds), ("top", top), ("max_texts", max_texts)):
+        if value < 1:
+            raise InputError(f"{option} is {value}; expected at least 1.")
+    _check_layers(layers, subject.decoder.n_layers)
+    max_tokens, bos = options_of(located, criterion=criterion, max_tokens=max_tokens, bos=bos)
+    rows = subject.rows(texts, max_tokens=max_tokens, bos=bos)
+    n_tokens = sum(map(len, rows))
+    # What follows `locate` costs about as much.
+    bar = Bar(progress, n_tokens * (2 if located is None else 1))
     if located is None:
-        located = locate(
-            model,
-            tokenizer,
+        located = locate_on(
+            subject,
             texts=texts,
             max_tokens=max_tokens,
             bos=bos,
             criterion=criterion,
             max_batch_tokens=max_batch_tokens,
-            parts=parts,
-            name=name,
-            # Half of the way: what follows costs about as much, and how much is known only then.
-            progress=None if progress is None else lambda done, total: progress(done, 2 * total),
+            progress=bar.part(n_tokens),
         )
-        halfway = True
-    elif criterion not in (None, located.criterion):
-        raise InputError("The located result has another criterion than the one given. Give one of them only.")
-    bos = located.settings["bos"]["asked"] if bos is None else bos
-    max_tokens = located.settings["max_tokens"] if max_tokens is None else max_tokens
-    rows = encode(tokenizer, texts, max_tokens=max_tokens, max_positions=decoder.max_positions, bos=bos)
-    same = [(row.n_tokens, row.first_token, row.text[:79]) for row in located.sequences] == [
-        (len(row), row.tokens[0], row.text[:79]) for row in rows
-    ]
-    if located.model.fingerprint != info.fingerprint or not same:
-        raise InputError(
-            "The located result is of another model or of other texts. Give the same model, texts, bos and max_tokens "
-            "as to locate, or leave `located` out."
-        )
+    require_located_on(located, subject.info, rows)
     wanted = _wanted(layers, located)
     chosen = _chosen(located, rows, max_texts)
-    notes, found = [], {layer: list[BlockOnText]() for layer in wanted}
-    steps = len(chosen) + len(wanted)
-    tokens = sum(map(len, rows))
-
-    def report(step: int) -> None:
-        if progress is not None:
-            done = tokens * step // steps if steps else tokens
-            progress(tokens + done if halfway else done, 2 * tokens if halfway else tokens)
-
-    for place, row in enumerate(chosen if wanted else [], start=1):
-        for alone in _record(decoder, row, wanted):
-            token = located.sequences[row.index].massive_token_index
-            text = BlockOnText.read(decoder, alone, row, token)
-            if text is None:
-                notes.append(
-                    f"Block {alone.block.layer} is not finite in text {row.index}, and is not explained there."
-                )
-            else:
-                found[alone.block.layer].append(text)
-        report(place)
+    report = _steps(bar.part(n_tokens), len(chosen) + len(wanted))
+    by_layer, notes = _read(subject.decoder, located, chosen if wanted else (), wanted, report)
     explained = []
-    for place, read in enumerate(found.values(), start=1):
-        if read:
-            explained.append(_explained(read, seeds, top))
-        report(len(chosen) + place)
+    for on_texts in by_layer.values():
+        if on_texts:
+            explained.append(_explained(on_texts, seeds, top))
+        report()
     return ExplainResult(
-        model=info,
+        model=subject.info,
         settings={
-            "texts": "built-in" if builtin else "given",
-            "n_sequences": len(rows),
-            "n_tokens": sum(map(len, rows)),
-            "max_tokens": max_tokens,
-            "bos": located.settings["bos"],
-            "criterion": asdict(located.criterion),
+            **text_settings(rows, texts, max_tokens, bos),
+            "criterion": criterion_settings(located.criterion),
             "layers": None if layers is None else wanted,
             "sequences": [row.index for row in chosen],
             "seeds": seeds,
@@ -177,7 +150,7 @@ def explain(
             "max_texts": max_texts,
             "majority": MAJORITY,
             "stage_share": STAGE_SHARE,
-            "layers_counted_from": 0,
+            "layers_counted_from": LAYERS_COUNTED_FROM,
         },
         me_layer=located.me_layer,
         layers=tuple(explained),
@@ -185,7 +158,33 @@ def explain(
     )
 
 
+def _check_layers(layers: Sequence[int] | None, n_layers: int) -> None:
+    for layer in layers or ():
+        if not 0 <= layer < n_layers:
+            raise InputError(
+                f"Layer {layer} was asked for, but the model has blocks 0 to {n_layers - 1}. "
+                f"Give layers in that range, counted from 0."
+            )
+
+
+def _steps(progress: Progress | None, total: int) -> Callable[[], None]:
+    """What to call after each of the steps."""
+    done = 0
+
+    def report() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    return report
+
+
+# --- what to explain -------------------------------------------------------------------------------------------------
+
+
 def _wanted(layers: Sequence[int] | None, located: LocateResult) -> list[int]:
+    """The blocks to explain."""
     if layers is not None:
         return sorted(set(layers))
     if located.me_layer is None:
@@ -199,43 +198,41 @@ def _chosen(located: LocateResult, rows: Sequence[Row], max_texts: int) -> list[
     return [rows[row.index] for row in voting[:max_texts]]
 
 
-def _record(decoder: Decoder, row: Row, layers: Sequence[int]) -> list[BlockAlone]:
-    """The blocks with what the model calls them with on one row."""
-    called: dict[int, Called] = {}
-    ids = torch.tensor([row.ids])
-    modules = [(layer, decoder.blocks[layer].module) for layer in layers]
-    with hooks.record_arguments(modules, lambda layer, args, kwargs: called.update({layer: (args, kwargs)})):
-        forward(decoder.model, Batch((row,), ids, torch.ones_like(ids)))
-    return [BlockAlone(decoder.model, decoder.blocks[layer], *called[layer]) for layer in layers]
+def _read(
+    decoder: Decoder,
+    located: LocateResult,
+    rows: Sequence[Row],
+    layers: Sequence[int],
+    report: Callable[[], None],
+) -> tuple[dict[int, list[BlockOnText]], list[str]]:
+    """Each block on each of the texts where it is finite, by the block's number; and notes of where it is not."""
+    by_layer: dict[int, list[BlockOnText]] = {layer: [] for layer in layers}
+    notes = []
+    for row in rows:
+        for alone in record_blocks(decoder, row, layers):
+            layer = alone.block.layer
+            text = BlockOnText.read(decoder, alone, row, located.sequences[row.index].massive_token_index)
+            if text is None:
+                notes.append(f"Block {layer} is not finite in text {row.index}, and is not explained there.")
+            else:
+                by_layer[layer].append(text)
+        report()
+    return by_layer, notes
 
 
 # --- the explanation -----------------------------------------------------------------------------------------------
 
 
 def _explained(texts: Sequence[BlockOnText], seeds: int, top: int) -> LayerExplanation:
+    """Why one block has its value: in the first text, and the causes in each."""
     first = texts[0]
     block = first.block
     heaviest = first.contributions()
-    total = sum(value for value, _, _ in heaviest)
-    bias = 0.0
-    if first.neurons is not None:
-        bias = sum(float(part.bias[first.dim]) for part in first.neurons.parts if part.bias is not None)
-    total += bias
-    notes = []
-    if len(first.row) == 1:
-        notes.append("The text has one token, so there are no others to compare it with.")
-    if block.ffn is not None and first.neurons is None:
-        notes.append(
-            f"The neurons of {type(block.ffn.module).__name__} are not known: what they would write is not its output."
-        )
-    if block.ffn is not None and first.neurons is not None and not total:
-        notes.append(f"The FFN writes nothing into dimension {first.dim}, so no neuron has a share of it.")
-    if block.attention is None:
-        notes.append("This block mixes tokens without softmax attention, so there is no budget of attention.")
+    bias = first.bias()
+    total = sum(value for value, _, _ in heaviest) + bias
     neurons = tuple(Neuron(j, value / total, value, expert) for value, expert, j in heaviest[:top]) if total else ()
-    run = tuple(counterfactuals(first, seeds))
-    causes = [text.causes() for text in texts]
-    norm = block.ffn_norm
+    rows = tuple(counterfactuals(first, seeds))
+    on_texts = tuple(_on_text(text) for text in texts)
     return LayerExplanation(
         layer=block.layer,
         sequence=first.row.index,
@@ -246,30 +243,52 @@ def _explained(texts: Sequence[BlockOnText], seeds: int, top: int) -> LayerExpla
         value_in=first.at("block_in"),
         attn_write=first.at("attn_out"),
         ffn_write=first.at("ffn_out") if block.ffn else None,
-        causes=causes[0],
-        norm=None if norm is None else "LayerNorm" if isinstance(norm.module, nn.LayerNorm) else "RMSNorm",
+        causes=on_texts[0].causes,
+        norm=_kind_of_norm(first),
         budget=ffn_budget(first),
         attn_budget=attn_budget(first),
         neurons=neurons,
         bias_share=bias / total if total and first.neurons else None,
         rest_share=sum(value for value, _, _ in heaviest[top:]) / total if total else None,
-        super_weight=(block.layer, first.dim, heaviest[0][2]) if neurons else None,
+        super_weight=(block.layer, first.dim, neurons[0].neuron) if neurons else None,
         super_weight_expert=neurons[0].expert if neurons else None,
         drivers=drivers(first) if neurons else (),
-        counterfactuals=run,
-        interaction=interaction(run),
+        counterfactuals=rows,
+        interaction=interaction(rows),
         directions=directions(first) if neurons else (),
         experts=experts(first, total),
-        texts=tuple(
-            TextCauses(
-                sequence=text.row.index,
-                token_index=text.token,
-                token=text.row.tokens[text.token],
-                dim=text.dim,
-                value=text.at("block_out"),
-                causes=cause,
-            )
-            for text, cause in zip(texts, causes, strict=True)
-        ),
-        notes=tuple(notes),
+        texts=on_texts,
+        notes=tuple(_notes(first, total)),
     )
+
+
+def _on_text(text: BlockOnText) -> TextCauses:
+    return TextCauses(
+        sequence=text.row.index,
+        token_index=text.token,
+        token=text.row.tokens[text.token],
+        dim=text.dim,
+        value=text.at("block_out"),
+        causes=causes_of(text),
+    )
+
+
+def _kind_of_norm(text: BlockOnText) -> str | None:
+    norm = text.block.ffn_norm
+    if norm is None:
+        return None
+    return "LayerNorm" if isinstance(norm.module, nn.LayerNorm) else "RMSNorm"
+
+
+def _notes(text: BlockOnText, total: float) -> Iterator[str]:
+    """What is missing from the explanation; `total` is the FFN's output in the dimension."""
+    block = text.block
+    if len(text.row) == 1:
+        yield "The text has one token, so there are no others to compare it with."
+    if block.ffn is not None and text.neurons is None:
+        kind = type(block.ffn.module).__name__
+        yield f"The neurons of {kind} are not known: what they would write is not its output."
+    if block.ffn is not None and text.neurons is not None and not total:
+        yield f"The FFN writes nothing into dimension {text.dim}, so no neuron has a share of it."
+    if block.attention is None:
+        yield "This block mixes tokens without softmax attention, so there is no budget of attention."

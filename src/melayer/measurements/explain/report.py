@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from melayer.data.rows import visible
-from melayer.measurements.explain.result import ExplainResult, LayerExplanation
-from melayer.presentation.sections import BLUE, GREY, ORANGE, VERMILLION, Plot, Section, Table, number, rounded
+from melayer.measurements.explain.result import Counterfactual, ExplainResult, LayerExplanation
+from melayer.presentation import figures
+from melayer.presentation.figures import BLUE, GREY, ORANGE, axis, hover, stroke
+from melayer.presentation.numbers import number, rounded, share
+from melayer.presentation.sections import Plot, Section, Table
+
+TITLE = "Why it is there"
 
 
 def section(result: ExplainResult) -> Section:
@@ -23,7 +26,7 @@ def section(result: ExplainResult) -> Section:
         if layer.experts:
             parts.append(_experts(layer))
         parts.append(_steps(layer))
-    return Section("explain", "Why it is there", result.sentence, parts)
+    return Section("explain", TITLE, result.sentence, parts)
 
 
 def _budget(layer: LayerExplanation) -> Plot:
@@ -38,7 +41,10 @@ def _budget(layer: LayerExplanation) -> Plot:
         f"From the residual stream to the FFN's write the massive token's norm gains {values[-1]:+.2f} powers of ten "
         f"{subject}; the step “{steps[most].step}” gives {values[most]:+.2f} of them."
     )
-    hover = [
+    template = hover("%{x}: %{text}<br>%{customdata}")
+    bars = figures.waterfall([step.step for step in layer.budget], rounded(values, 5), template=template)
+    bars["text"] = [f"{value:+.2f}" for value in values]
+    bars["customdata"] = [
         f"massive {step.massive:+.3f}" + ("" if step.others is None else f"<br>others {step.others:+.3f}")
         for step in layer.budget
     ]
@@ -48,28 +54,12 @@ def _budget(layer: LayerExplanation) -> Plot:
         takeaway,
         "Each bar is log10 of the norm after a step over the norm before it, for the massive token less the same of "
         "the median norm of the other tokens: +1 is ten times more. The bars add up to the total exactly.",
-        {
-            "data": [
-                {
-                    "type": "waterfall",
-                    "x": [step.step for step in layer.budget],
-                    "y": rounded(np.array(values), 5),
-                    "measure": [*["relative"] * len(steps), "total"],
-                    "text": [f"{value:+.2f}" for value in values],
-                    "customdata": hover,
-                    "hovertemplate": "%{x}: %{text}<br>%{customdata}<extra></extra>",
-                    "increasing": {"marker": {"color": VERMILLION}},
-                    "decreasing": {"marker": {"color": BLUE}},
-                    "totals": {"marker": {"color": GREY}},
-                    "connector": {"line": {"color": GREY, "width": 1}},
-                }
-            ],
-            "layout": {
-                "xaxis": {"title": {"text": "step"}},
-                "yaxis": {"title": {"text": f"{'excess' if compared else 'gain'} (powers of ten)"}},
-                "showlegend": False,
-            },
-        },
+        figures.figure(
+            [bars],
+            axis("step"),
+            axis(f"{'excess' if compared else 'gain'} (powers of ten)"),
+            {"showlegend": False},
+        ),
     )
 
 
@@ -80,6 +70,9 @@ def _neurons(layer: LayerExplanation) -> Plot:
     names = [f"{n.neuron}" if n.expert is None else f"{n.expert}/{n.neuron}" for n in layer.neurons]
     where = "" if heaviest.expert is None else f" of expert {heaviest.expert}"
     read = " Written as expert/neuron." if layer.experts else ""
+    template = hover("neuron %{x}: %{y:.2f}%<br>writes %{customdata:,.1f}")
+    bars = figures.bar(names, rounded([100 * n.share for n in layer.neurons], 5), BLUE, template=template)
+    bars["customdata"] = rounded([n.contribution for n in layer.neurons], 6)
     return Plot(
         f"explain-neurons-{layer.layer}",
         f"Block {layer.layer}: the neurons that write dimension {layer.d_star}",
@@ -87,103 +80,73 @@ def _neurons(layer: LayerExplanation) -> Plot:
         f"are not shown write {layer.rest_share or 0:.1%}.",
         f"Share of the FFN's output in dimension {layer.d_star} (before a post-norm), for the {len(names)} heaviest "
         f"neurons; the sum over all neurons and the bias is exactly 100%.{read}",
-        {
-            "data": [
-                {
-                    "type": "bar",
-                    "x": names,
-                    "y": rounded(np.array([100 * n.share for n in layer.neurons]), 5),
-                    "customdata": rounded(np.array([n.contribution for n in layer.neurons]), 6),
-                    "marker": {"color": BLUE},
-                    "hovertemplate": "neuron %{x}: %{y:.2f}%<br>writes %{customdata:,.1f}<extra></extra>",
-                }
-            ],
-            "layout": {
-                "xaxis": {"title": {"text": "neuron (0-based)"}, "type": "category", "automargin": True},
-                "yaxis": {"title": {"text": "share (%)"}},
-                "showlegend": False,
-            },
-        },
+        figures.figure(
+            [bars],
+            axis("neuron (0-based)", type="category", automargin=True),
+            axis("share (%)"),
+            {"showlegend": False},
+        ),
     )
 
 
 def _counterfactuals(layer: LayerExplanation) -> Plot:
     rows = [row for row in layer.counterfactuals if row.relative is not None]
-    low = min(rows, key=lambda row: abs(row.relative or 0.0))
+    least = min(rows, key=lambda row: abs(row.relative or 0.0))
     gamma = layer.relative("gamma_flat_1.0")
     flat = "" if gamma is None else f"; with a flat gamma before the FFN {gamma:.1%} is left"
-    spread = [
-        (
-            abs((row.highest if row.highest is not None else row.value) - row.value) / abs(layer.value) * 100,
-            abs(row.value - (row.lowest if row.lowest is not None else row.value)) / abs(layer.value) * 100,
-        )
-        for row in rows
-    ]
+    spreads = [_spread(row, layer.value) for row in rows]
+    bars = figures.bar(
+        rounded([100 * (row.relative or 0.0) for row in rows], 5),
+        [row.name for row in rows],
+        BLUE,
+        template=hover("%{y}: %{x:.2f}%<br>value %{customdata:,.1f}"),
+    )
+    bars["orientation"] = "h"
+    bars["customdata"] = rounded([row.value for row in rows], 6)
+    up, down = (rounded([spread[side] for spread in spreads], 4) for side in (0, 1))
+    bars["error_x"] = figures.whiskers(up, down, color=GREY, thickness=1)
     return Plot(
         f"explain-counterfactuals-{layer.layer}",
         f"Block {layer.layer}: what is left of the value without a part",
-        f"Least is left in {low.name}: {low.value:,.1f} of {layer.value:,.1f} ({low.relative or 0:.1%}){flat}.",
+        f"Least is left in {least.name}: {least.value:,.1f} of {layer.value:,.1f} ({least.relative or 0:.1%}){flat}.",
         "The block runs again on the same input with one thing changed; 100% is the value as it is. gamma_flat_A: "
         "gamma moved towards its mean by the share A; gamma_permuted: its entries in another order (mean, with the "
         "smallest and largest over the seeds); no_top_N: the N heaviest neurons removed; ordinary_neurons: no "
         "neuron's weights larger than the median.",
-        {
-            "data": [
-                {
-                    "type": "bar",
-                    "orientation": "h",
-                    "y": [row.name for row in rows],
-                    "x": rounded(np.array([100 * (row.relative or 0.0) for row in rows]), 5),
-                    "error_x": {
-                        "type": "data",
-                        "symmetric": False,
-                        "array": rounded(np.array([up for up, _ in spread]), 4),
-                        "arrayminus": rounded(np.array([down for _, down in spread]), 4),
-                        "color": GREY,
-                        "thickness": 1,
-                    },
-                    "customdata": rounded(np.array([row.value for row in rows]), 6),
-                    "marker": {"color": BLUE},
-                    "hovertemplate": "%{y}: %{x:.2f}%<br>value %{customdata:,.1f}<extra></extra>",
-                }
-            ],
-            "layout": {
-                "xaxis": {"title": {"text": "left of the value (%)"}},
-                "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
-                "shapes": [
-                    {
-                        "type": "line",
-                        "x0": 100,
-                        "x1": 100,
-                        "yref": "paper",
-                        "y0": 0,
-                        "y1": 1,
-                        "line": {"color": ORANGE, "width": 2},
-                    }
-                ],
-                "showlegend": False,
-                "height": max(280, 110 + 22 * len(rows)),
-            },
-        },
+        figures.figure(
+            [bars],
+            axis("left of the value (%)"),
+            axis(autorange="reversed", automargin=True, type="category"),
+            {"shapes": [figures.vertical(100, stroke(ORANGE))], "showlegend": False},
+            figures.height(len(rows), 22, beside=110, least=280),
+        ),
     )
 
 
+def _spread(row: Counterfactual, value: float) -> tuple[float, float]:
+    """How far the highest and the lowest over the seeds are from the mean, in percent of the value as it is."""
+    highest = row.value if row.highest is None else row.highest
+    lowest = row.value if row.lowest is None else row.lowest
+    return abs(highest - row.value) / abs(value) * 100, abs(row.value - lowest) / abs(value) * 100
+
+
 def _causes(layer: LayerExplanation) -> Table:
-    found = sorted({text.causes.attribution for text in layer.texts})
-    same = f"The same in all: {found[0]}." if len(found) == 1 else f"The texts differ: {', '.join(found)}."
+    attributions = sorted({text.causes.attribution for text in layer.texts})
+    same = len(attributions) == 1
+    takeaway = f"The same in all: {attributions[0]}." if same else f"The texts differ: {', '.join(attributions)}."
     rows = []
     for text in layer.texts:
         causes = text.causes
         alone = (causes.ffn_alone, causes.gamma_alone, causes.post_gamma_alone, causes.jointly)
         place = f"{text.token_index}: {visible(text.token)}"
         cells = [text.sequence, place, text.dim, number(text.value, 1), causes.attribution]
-        rows.append([*cells, *map(_share, (causes.attn_share, causes.ffn_share, *alone))])
+        rows.append([*cells, *map(share, (causes.attn_share, causes.ffn_share, *alone))])
     columns = ["text", "token", "dimension", "value", "cause", "by attention", "by FFN", "FFN alone"]
     return Table(
         f"Block {layer.layer}: the causes in each text",
         [*columns, "gamma alone", "post-norm's gamma alone", "jointly"],
         rows,
-        takeaway=same,
+        takeaway=takeaway,
     )
 
 
@@ -192,7 +155,7 @@ def _drivers(layer: LayerExplanation) -> Table:
         f"Block {layer.layer}: what drives neuron {layer.neurons[0].neuron}",
         ["pre-activation", "input dimension", "adds", "share", "gamma"],
         [
-            [row.projection, row.dim, number(row.contribution, 3), _share(row.share), number(row.gamma, 3)]
+            [row.projection, row.dim, number(row.contribution, 3), share(row.share), number(row.gamma, 3)]
             for row in layer.drivers
         ],
         folded=True,
@@ -212,7 +175,7 @@ def _experts(layer: LayerExplanation) -> Table:
     return Table(
         f"Block {layer.layer}: the experts that the token visits",
         ["expert", "routing weight", "share of the FFN's output"],
-        [[row.expert, number(row.weight, 4), _share(row.share)] for row in layer.experts],
+        [[row.expert, number(row.weight, 4), share(row.share)] for row in layer.experts],
         folded=True,
     )
 
@@ -228,7 +191,3 @@ def _steps(layer: LayerExplanation) -> Table:
         ],
         folded=True,
     )
-
-
-def _share(value: float | None) -> str:
-    return "—" if value is None else f"{value:.1%}".replace("-0.0%", "0.0%")

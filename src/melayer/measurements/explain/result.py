@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from melayer.data.rows import visible
+from melayer.measurements.settings import ExplainSettings
 from melayer.model.provenance import ModelInfo
 from melayer.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 Attribution = Literal["ffn", "gamma", "post_gamma", "joint", "attention", "passed on", "unknown"]
 
@@ -201,7 +199,7 @@ class ExplainResult:
     """What `explain` found. Layers are 0-based."""
 
     model: ModelInfo
-    settings: dict[str, Any]
+    settings: ExplainSettings
     me_layer: int | None
     layers: tuple[LayerExplanation, ...]
     notes: tuple[str, ...]
@@ -212,18 +210,15 @@ class ExplainResult:
         for layer in self.layers:
             plain = asdict(layer)
             layers.append({**plain.pop("causes"), **plain, "erases": layer.erases, "sentence": layer.sentence})
-        found: dict[str, Any] = _plain(
-            {
-                "melayer_version": __version__,
-                "model": self.model.to_dict(),
-                "settings": self.settings,
-                "sentence": self.sentence,
-                "me_layer": self.me_layer,
-                "layers": layers,
-                "notes": self.notes,
-            }
-        )
-        return found
+        return {
+            "melayer_version": __version__,
+            "model": self.model.to_dict(),
+            "settings": self.settings,
+            "sentence": self.sentence,
+            "me_layer": self.me_layer,
+            "layers": _with_lists(layers),
+            "notes": list(self.notes),
+        }
 
     @property
     def sentence(self) -> str:
@@ -237,8 +232,8 @@ class ExplainResult:
         return "None of the layers could be explained; the notes say why."
 
 
-def _plain(value: Any) -> Any:
+def _with_lists(value: Any) -> Any:
     """Tuples as lists, all the way down."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

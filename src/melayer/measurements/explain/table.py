@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from melayer.data.rows import visible
-from melayer.presentation.tables import number, table
+from melayer.presentation.tables import number, print_answer, print_text, share, table
 
 if TYPE_CHECKING:
     from melayer.measurements.explain.result import ExplainResult, LayerExplanation
@@ -17,12 +16,10 @@ if TYPE_CHECKING:
 
 def show_explain(result: ExplainResult, console: Console) -> None:
     """Prints an explain result: the answer, then for each block its budget, neurons and counterfactuals."""
-    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="dim", highlight=False)
+    print_answer(console, result.sentence, result.notes)
     for layer in result.layers:
         for note in layer.notes:
-            console.print(escape(f"Block {layer.layer}: {note}"), style="dim", highlight=False)
+            print_text(console, f"Block {layer.layer}: {note}", style="dim")
         console.print(_budget(layer))
         if layer.neurons:
             console.print(_neurons(layer))
@@ -30,12 +27,12 @@ def show_explain(result: ExplainResult, console: Console) -> None:
         if len(layer.texts) > 1:
             console.print(_texts(layer))
     model = result.model
-    console.print(
+    print_text(
+        console,
         "Budget: log10 of the norm after each step over the norm before it; others: the median of the other tokens. "
-        f"{escape(model.name)}, {model.dtype}, fingerprint {model.fingerprint}. "
+        f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}. "
         "Blocks, tokens, dimensions and neurons are 0-based.",
         style="dim",
-        highlight=False,
     )
 
 
@@ -53,7 +50,7 @@ def _neurons(layer: LayerExplanation) -> Table:
     among = [("expert", True)] if layer.experts else []
     columns = [("neuron", True), *among, ("share", True), ("contribution", True)]
     rows = [
-        [n.neuron, *([n.expert] if among else []), _share(n.share), number(n.contribution, 1)] for n in layer.neurons
+        [n.neuron, *([n.expert] if among else []), share(n.share), number(n.contribution, 1)] for n in layer.neurons
     ]
     return table(f"Block {layer.layer}: neurons that write dimension {layer.d_star}", columns, rows)
 
@@ -61,7 +58,7 @@ def _neurons(layer: LayerExplanation) -> Table:
 def _counterfactuals(layer: LayerExplanation) -> Table:
     columns = [("counterfactual", False), ("value", True), ("left", True), ("lowest", True), ("highest", True)]
     rows = [
-        [row.name, number(row.value, 1), _share(row.relative), number(row.lowest, 1), number(row.highest, 1)]
+        [row.name, number(row.value, 1), share(row.relative), number(row.lowest, 1), number(row.highest, 1)]
         for row in layer.counterfactuals
     ]
     return table(f"Block {layer.layer}: the value {layer.value:,.1f} without a part", columns, rows)
@@ -74,10 +71,6 @@ def _texts(layer: LayerExplanation) -> Table:
     for text in layer.texts:
         causes = text.causes
         shares = (causes.ffn_alone, causes.gamma_alone, causes.post_gamma_alone, causes.jointly)
-        cells = [text.sequence, text.token_index, number(text.value, 1), *map(_share, shares)]
+        cells = [text.sequence, text.token_index, number(text.value, 1), *map(share, shares)]
         rows.append([*cells, causes.attribution, visible(text.token)])
     return table(f"Block {layer.layer}: the causes in each text", columns, rows)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}".replace("-0.0%", "0.0%")

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from melayer.data.rows import Batch, Row, batches, encode
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
 from melayer.loading.checkpoint import DTypeName, device_of, skeleton
-from melayer.loading.streaming import _streamed
+from melayer.loading.streaming import streamed
 from melayer.measurements.criterion import Criterion, find_me_layer, voting
-from melayer.measurements.locate.locate import conclude
+from melayer.measurements.locate.conclude import conclude
 from melayer.measurements.locate.result import LocateResult
-from melayer.measurements.locate.trajectory import Course, course_of, courses, followed_points
-from melayer.measurements.settings import settings_of
+from melayer.measurements.locate.trajectory import (
+    Targets,
+    Trajectory,
+    followed_points,
+    trajectories,
+    trajectory_of,
+)
+from melayer.measurements.settings import FrugalLocateSettings, locate_settings
 from melayer.measurements.summaries import summaries_of
 from melayer.model import hooks, wiring
 from melayer.model.decoder import Decoder, Site
@@ -27,16 +30,13 @@ from melayer.model.provenance import describe
 from melayer.numerics.summary import Summary
 from melayer.runs.progress import Progress
 
-if TYPE_CHECKING:
-    pass
-
 MAX_TOKENS = 32
 """Tokens kept of each text: the first one sees only itself, and the criterion needs ordinary ones beside it."""
 KEPT_BYTES = 256 * 2**20
 """What the states of all tokens may take, where they take more than a block; else the file is read once more."""
 
 
-def locate_frugal(
+def locate_frugal(  # noqa: PLR0913 - public: every option has a name
     name: str,
     *,
     texts: Sequence[str] | None = None,
@@ -69,7 +69,7 @@ def locate_frugal(
         max_batch_tokens: Tokens in one forward pass. Each pass reads the file.
         stop_early: Stop when no later block can change which one the ME layer is. `blocks` and all that is
             computed from them then end there, and where the activation is erased is not known.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         dtype: As in `load`; another one than the checkpoint's takes memory for the converted embedding and blocks.
         device: As in `load`.
         trust_remote_code: As in `load`.
@@ -96,7 +96,7 @@ def locate_frugal(
     model, tokenizer, shards = skeleton(
         name, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, mask=mask
     )
-    with _streamed(model, shards, parts or {}, target, trust_remote_code) as stream:
+    with streamed(model, shards, parts or {}, target, trust_remote_code) as stream:
         decoder = wiring.read(model, parts=parts)
         if max_tokens is None:
             max_tokens = min(MAX_TOKENS, decoder.max_positions or MAX_TOKENS)
@@ -108,58 +108,72 @@ def locate_frugal(
             bos=bos,
         )
         passes = list(batches(rows, max_batch_tokens=max_batch_tokens))
-        if stop_early and len(passes) > 1:
-            width = max(map(len, rows))
-            raise InputError(
-                f"To stop early, all texts must run together: {len(rows)} texts of up to {width} tokens take "
-                f"{len(rows) * width} places, and max_batch_tokens is {max_batch_tokens}. Give fewer or shorter texts, "
-                f"or --max-batch-tokens {len(rows) * width}."
-            )
+        if stop_early:
+            _require_one_pass(rows, passes, max_batch_tokens)
         stream.begin(decoder, progress, len(passes))
-        states = _States(decoder, passes, stream.block_bytes)
-        judge = _Judge(decoder, rows, criterion, passes[0]) if stop_early else None
+        states = _TokenStates(decoder, passes, stream.block_bytes)
+        certainty = _Certainty(decoder, rows, criterion, passes[0]) if stop_early else None
 
-        def made(place: int, summary: Summary) -> None:
-            if judge is not None and judge.is_certain(place, summary):
+        def on_summary(place: int, summary: Summary) -> None:
+            if certainty is not None and certainty.reached(place, summary):
                 stream.last = place - 1
+
+        def follow(targets: Targets) -> Iterable[tuple[list[int], Trajectory]]:
+            if states.kept:
+                return states.trajectories(targets)
+            return trajectories(decoder, targets, max_batch_tokens=max_batch_tokens, run_batch=stream.run)
 
         summaries = summaries_of(
             decoder,
-            rows,
+            passes,
             criterion,
             k=max_listed,
-            max_batch_tokens=max_batch_tokens,
-            around=states.watched,
-            made=made,
-            run=stream.run,
+            during_batch=states.watched,
+            on_summary=on_summary,
+            run_batch=stream.run,
         )
-        n_run = len(next(iter(summaries.values())).n_massive) - 1
-
-        def follow(targets: Mapping[int, tuple[Row, int]]) -> Iterable[tuple[list[int], Course]]:
-            if states.kept:
-                return states.courses(targets)
-            return courses(decoder, targets, max_batch_tokens=max_batch_tokens, run=stream.run)
-
-        settings = settings_of(rows, texts, max_tokens, bos) | {
-            "frugal": {"blocks_run": n_run, "stop_early": stop_early}
+        n_run = summaries[0].n_run
+        settings: FrugalLocateSettings = {
+            **locate_settings(rows, texts, max_tokens, bos),
+            "frugal": {"blocks_run": n_run, "stop_early": stop_early},
         }
-        notes = ["Frugal: one block at a time was read from the checkpoint."]
-        if n_run < decoder.n_layers:
-            notes.append(
-                f"Stopped after block {n_run - 1}, when the ME layer was certain: shares are of the largest state up "
-                "to there, where it is erased is not known, and of the other blocks the fingerprint takes the shapes."
-            )
         return conclude(
-            decoder, rows, summaries, criterion, describe(decoder, name, stream.samples), settings, follow, notes
+            rows,
+            summaries,
+            criterion,
+            describe(decoder, name, stream.samples),
+            settings,
+            follow,
+            _notes(n_run, decoder.n_layers),
         )
 
 
-class _States:
+def _require_one_pass(rows: Sequence[Row], passes: Sequence[Batch], max_batch_tokens: int) -> None:
+    """Raises InputError where the sequences run in several passes: the ME layer is certain when all have run."""
+    if len(passes) > 1:
+        width = max(map(len, rows))
+        raise InputError(
+            f"To stop early, all texts must run together: {len(rows)} texts of up to {width} tokens take "
+            f"{len(rows) * width} places, and max_batch_tokens is {max_batch_tokens}. Give fewer or shorter texts, "
+            f"or --max-batch-tokens {len(rows) * width}."
+        )
+
+
+def _notes(n_run: int, n_layers: int) -> Iterator[str]:
+    yield "Frugal: one block at a time was read from the checkpoint."
+    if n_run < n_layers:
+        yield (
+            f"Stopped after block {n_run - 1}, when the ME layer was certain: shares are of the largest state up "
+            "to there, where it is erased is not known, and of the other blocks the fingerprint takes the shapes."
+        )
+
+
+class _TokenStates:
     """What the tokens of each row were at every block, so that those that prove massive can be followed."""
 
     def __init__(self, decoder: Decoder, passes: Sequence[Batch], block_bytes: int) -> None:
         self._points = followed_points(decoder)
-        self._seen: dict[int, dict[tuple[int, Site], torch.Tensor]] = {}
+        self._by_row: dict[int, dict[tuple[int, Site], torch.Tensor]] = {}
         itemsize = decoder.model.dtype.itemsize
         n_tokens = sum(sum(batch.lengths) for batch in passes)
         needed = n_tokens * decoder.d_model * itemsize * len(self._points)
@@ -172,32 +186,32 @@ class _States:
 
         def see(key: tuple[int, Site], hidden: torch.Tensor) -> None:
             for place, row in enumerate(batch.rows):
-                kept = hidden[place, : len(row)].to("cpu", copy=True)
-                self._seen.setdefault(row.index, {})[key] = kept
+                self._by_row.setdefault(row.index, {})[key] = hidden[place, : len(row)].to("cpu", copy=True)
 
         with hooks.watch(self._points if self.kept else (), see):
             yield
 
-    def courses(self, targets: Mapping[int, tuple[Row, int]]) -> Iterator[tuple[list[int], Course]]:
-        """As `locate.courses`, without another run."""
+    def trajectories(self, targets: Targets) -> Iterator[tuple[list[int], Trajectory]]:
+        """As `trajectory.trajectories`, without another run."""
         for sequence, (_, token) in targets.items():
-            states = {key: hidden[token].float().numpy() for key, hidden in self._seen[sequence].items()}
-            yield [sequence], course_of(states)
+            states = {key: hidden[token].float().numpy() for key, hidden in self._by_row[sequence].items()}
+            yield [sequence], trajectory_of(states)
 
 
-class _Judge:
+class _Certainty:
     """Whether the ME layer is certain, block by block; all sequences are in one batch."""
 
     def __init__(self, decoder: Decoder, rows: Sequence[Row], criterion: Criterion, batch: Batch) -> None:
         voters = voting(rows, criterion)
         self._voters = [place for place, row in enumerate(batch.rows) if row.index in voters]
         self._criterion, self._n_layers = criterion, decoder.n_layers
-        self._columns: list[NDArray[np.bool_]] = []
+        self._n_holding: list[int] = []
 
-    def is_certain(self, place: int, summary: Summary) -> bool:
+    def reached(self, place: int, summary: Summary) -> bool:
         """Whether it is, given the summary of block `place - 1`, which comes after that of the block before."""
-        if place == 0:
+        if place == 0:  # the embedding's
             return False
         holds = (summary.n_massive > 0) & (summary.n_non_finite == 0)
-        self._columns.append(holds.cpu().numpy()[self._voters])
-        return find_me_layer(np.stack(self._columns, axis=1), self._criterion, self._n_layers) is not None
+        self._n_holding.append(int(holds.cpu()[self._voters].sum()))
+        me_layer = find_me_layer(self._n_holding, len(self._voters), self._criterion, n_layers=self._n_layers)
+        return me_layer is not None

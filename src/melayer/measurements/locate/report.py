@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from melayer.data.rows import visible
 from melayer.measurements.locate.result import LocateResult, Trace
-from melayer.presentation.sections import (
-    BLUE,
-    GREY,
-    ORANGE,
-    SEQUENTIAL,
-    VERMILLION,
-    Plot,
-    Section,
-    Table,
-    label,
-    number,
-    rounded,
-)
+from melayer.presentation import figures
+from melayer.presentation.figures import BLOCK, BLUE, GREY, ORANGE, VERMILLION, axis, hover, label, stroke
+from melayer.presentation.numbers import number, percent, rounded
+from melayer.presentation.sections import Plot, Section, Table
+
+TITLE = "Where it is"
 
 # More columns than this cannot be told apart in the 3-D picture, and each costs bytes.
 _SURFACE_COLUMNS = 768
@@ -36,72 +28,58 @@ def section(result: LocateResult) -> Section:
     if result.trace is not None:
         parts += [_tokens(result, result.trace), _surface(result, result.trace)]
     parts += [_stages(result), *_massive(result), _sequences(result), _blocks(result)]
-    return Section("locate", "Where it is", result.sentence, parts)
+    return Section("locate", TITLE, result.sentence, parts)
 
 
 def _magnitudes(result: LocateResult) -> Plot:
-    layers = [row.layer for row in result.blocks]
-    criterion = result.criterion
+    blocks, criterion = result.blocks, result.criterion
+    layers = [row.layer for row in blocks]
     threshold = [
         None if row.median_abs is None else max(criterion.min_abs, criterion.min_ratio * row.median_abs)
-        for row in result.blocks
+        for row in blocks
     ]
-    hover = [
+    largest = figures.line(
+        "largest |h|",
+        layers,
+        rounded([row.max_abs for row in blocks], 6),
+        stroke(BLUE, dash="solid"),
+        template=hover("%{text}<br>|h| = %{y:,.4~g}"),
+    )
+    where = [
         f"block {row.layer}<br>token {row.token_index} “{label(visible(row.token))}”, dimension {row.dim}"
         f"<br>text {row.sequence}"
-        for row in result.blocks
+        for row in blocks
     ]
-    data: list[dict[str, Any]] = [
-        _line("largest |h|", layers, [row.max_abs for row in result.blocks], BLUE, text=hover),
-        _line("median |h|", layers, [row.median_abs for row in result.blocks], GREY),
-        _line("criterion", layers, threshold, VERMILLION, dash="dash"),
+    median = rounded([row.median_abs for row in blocks], 6)
+    data = [
+        largest | {"text": where},
+        figures.line("median |h|", layers, median, stroke(GREY, dash="solid")),
+        figures.line("criterion", layers, rounded(threshold, 6), stroke(VERMILLION, dash="dash"), marker=1),
     ]
-    shapes, notes = [], []
-    if result.me_layer is not None:
-        at = result.me_layer
-        shapes.append(
-            {
-                "type": "line",
-                "x0": at,
-                "x1": at,
-                "yref": "paper",
-                "y0": 0,
-                "y1": 1,
-                "line": {"color": ORANGE, "width": 2},
-            }
-        )
-        notes.append(
-            {
-                "x": at,
-                "y": 1,
-                "yref": "paper",
-                "yanchor": "bottom",
-                "text": f"ME layer {at}",
-                "showarrow": False,
-                "font": {"color": ORANGE},
-            }
-        )
-        above = sum(row.n_holding > 0 for row in result.blocks)
-        takeaway = (
-            f"After block {at} the largest value is {_ratio_to_before(result)} the one before it; "
-            f"the criterion holds after {above} of {len(layers)} blocks in at least one text."
-        )
-    else:
-        takeaway = result.sentence
-    layout = {
-        "xaxis": {"title": {"text": "block (0-based)"}},
-        "yaxis": {"title": {"text": "|h| at the block's output"}, "type": "log", "exponentformat": "power"},
-        "shapes": shapes,
-        "annotations": notes,
-    }
     return Plot(
         "magnitudes",
         "Largest magnitude by block",
-        takeaway,
+        _magnitudes_takeaway(result),
         "Each point is the largest |h| over all texts, tokens and dimensions at that block's output; the vertical axis "
         "is logarithmic, without unit. A block counts as massive where the blue line is above the dashed one "
         f"(larger than {criterion.min_abs:,.0f} and than {criterion.min_ratio:,.0f} times the median).",
-        {"data": data, "layout": layout},
+        figures.figure(
+            data,
+            axis(BLOCK),
+            axis("|h| at the block's output", type="log", exponentformat="power"),
+            figures.marked(result.me_layer, f"ME layer {result.me_layer}"),
+        ),
+    )
+
+
+def _magnitudes_takeaway(result: LocateResult) -> str:
+    at = result.me_layer
+    if at is None:
+        return result.sentence
+    above = sum(row.n_holding > 0 for row in result.blocks)
+    return (
+        f"After block {at} the largest value is {_ratio_to_before(result)} the one before it; "
+        f"the criterion holds after {above} of {len(result.blocks)} blocks in at least one text."
     )
 
 
@@ -113,114 +91,62 @@ def _ratio_to_before(result: LocateResult) -> str:
     return f"{now / before:,.0f} times" if now and before else "not comparable with"
 
 
-def _line(
-    name: str,
-    x: list[int],
-    y: list[float | None],
-    colour: str,
-    *,
-    dash: str = "solid",
-    text: list[str] | None = None,
-) -> dict[str, Any]:
-    trace: dict[str, Any] = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": name,
-        "x": x,
-        "y": rounded(np.array([math.nan if value is None else value for value in y]), 6),
-        "line": {"color": colour, "dash": dash, "width": 2},
-        "marker": {"size": 5 if dash == "solid" else 1},
-    }
-    if text is not None:
-        trace |= {"text": text, "hovertemplate": "%{text}<br>|h| = %{y:,.4~g}<extra></extra>"}
-    return trace
-
-
 def _shares(result: LocateResult) -> Plot:
     layers = [stage.layer for stage in result.shares]
     split = [(stage.attn_share or 0.0, stage.ffn_share or 0.0) for stage in result.shares]
     rest = [stage.share - attn - ffn for stage, (attn, ffn) in zip(result.shares, split, strict=True)]
-    data = [
-        _bars("FFN", layers, [ffn for _, ffn in split], ORANGE),
-        _bars("attention", layers, [a for a, _ in split], BLUE),
-    ]
+    written = {"FFN": ([ffn for _, ffn in split], ORANGE), "attention": ([attn for attn, _ in split], BLUE)}
     if any(stage.attn_share is None for stage in result.shares):
-        data.append(_bars("other mixer", layers, rest, GREY))
+        written["other mixer"] = (rest, GREY)
+    data = [
+        figures.bar(layers, rounded(shares), colour, name=name, template=hover("block %{x}: %{y:.2%}", name))
+        for name, (shares, colour) in written.items()
+    ]
+    return Plot(
+        "shares",
+        "Who writes the massive state",
+        _shares_takeaway(result),
+        "The part of the massive token's peak state that each block adds along its direction, split into what "
+        "attention and FFN write; bars below zero take it away. Up to the peak, all bars and the embedding add up to "
+        "100 %.",
+        figures.figure(data, axis(BLOCK), axis("share of the peak state", tickformat=".0%"), {"barmode": "relative"}),
+    )
+
+
+def _shares_takeaway(result: LocateResult) -> str:
     largest = max(result.shares, key=lambda stage: stage.share)
     erased = min(result.shares, key=lambda stage: stage.share)
     takeaway = f"Block {largest.layer} writes {largest.share:.1%} of the peak state"
     if largest.ffn_share is not None:
         takeaway += f" ({largest.ffn_share:.1%} by its FFN)"
-    takeaway += f"; the largest removal is {-erased.share:.1%}, at block {erased.layer}." if erased.share < 0 else "."
-    return Plot(
-        "shares",
-        "Who writes the massive state",
-        takeaway,
-        "The part of the massive token's peak state that each block adds along its direction, split into what "
-        "attention and FFN write; bars below zero take it away. Up to the peak, all bars and the embedding add up to "
-        "100 %.",
-        {
-            "data": data,
-            "layout": {
-                "barmode": "relative",
-                "xaxis": {"title": {"text": "block (0-based)"}},
-                "yaxis": {"title": {"text": "share of the peak state"}, "tickformat": ".0%"},
-            },
-        },
-    )
-
-
-def _bars(name: str, x: list[int], y: list[float], colour: str) -> dict[str, Any]:
-    return {
-        "type": "bar",
-        "name": name,
-        "x": x,
-        "y": rounded(np.array(y)),
-        "marker": {"color": colour},
-        "hovertemplate": "block %{x}: %{y:.2%}<extra>" + name + "</extra>",
-    }
+    takeaway += f"; the largest removal is {-erased.share:.1%}, at block {erased.layer}" if erased.share < 0 else ""
+    return f"{takeaway}."
 
 
 def _tokens(result: LocateResult, trace: Trace) -> Plot:
     with np.errstate(divide="ignore", invalid="ignore"):
         magnitude = np.log10(np.maximum(trace.token_max, 1e-12))
     names = [f"{place} {label(visible(token))}" for place, token in enumerate(trace.tokens)]
-    last = np.nan_to_num(trace.token_max)
-    layer, token = np.unravel_index(int(last.argmax()), last.shape)
-    others = np.delete(last[layer], token)
-    against = f", {last[layer, token] / others.max():,.0f} times the largest other token" if others.any() else ""
+    finite = np.nan_to_num(trace.token_max)
+    layer, token = np.unravel_index(int(finite.argmax()), finite.shape)
+    others = np.delete(finite[layer], token)
+    against = f", {finite[layer, token] / others.max():,.0f} times the largest other token" if others.any() else ""
+    tokens = axis("token", autorange="reversed", type="category", dtick=1, tickfont={"size": 11}, automargin=True)
+    squares = figures.heat_map(
+        rounded(magnitude.T, 3),
+        "log₁₀ |h|",
+        x=list(range(len(magnitude))),
+        y=names,
+        template=hover("block %{x}, token %{y}<br>|h| = 10^%{z:.2f}"),
+    )
     return Plot(
         "tokens",
         "Tokens by blocks",
         f"In text {trace.sequence} token {token} (“{visible(trace.tokens[token])}”) holds the largest value, "
-        f"{last[layer, token]:,.0f} at block {layer}{against}.",
+        f"{finite[layer, token]:,.0f} at block {layer}{against}.",
         f"Each cell is the largest |h| over the dimensions of one token at one block's output, as a power of ten; "
         f"the first {len(trace.tokens)} tokens of one text. A massive token is a bright row.",
-        {
-            "data": [
-                {
-                    "type": "heatmap",
-                    "z": rounded(magnitude.T, 3),
-                    "y": names,
-                    "colorscale": SEQUENTIAL,
-                    "x": list(range(len(magnitude))),
-                    "colorbar": {"title": {"text": "log₁₀ |h|"}, "thickness": 12},
-                    "hovertemplate": "block %{x}, token %{y}<br>|h| = 10^%{z:.2f}<extra></extra>",
-                }
-            ],
-            "layout": {
-                "xaxis": {"title": {"text": "block (0-based)"}},
-                "yaxis": {
-                    "autorange": "reversed",
-                    "type": "category",
-                    "dtick": 1,
-                    "tickfont": {"size": 11},
-                    "title": {"text": "token"},
-                    "automargin": True,
-                },
-                "height": max(280, 90 + 15 * len(names)),
-            },
-        },
+        figures.figure([squares], axis(BLOCK), tokens, figures.height(len(names), 15, beside=90, least=280)),
     )
 
 
@@ -233,6 +159,12 @@ def _surface(result: LocateResult, trace: Trace) -> Plot:
     peak_layer, peak_dim = np.unravel_index(int(magnitude.argmax()), magnitude.shape)
     share = magnitude[peak_layer, peak_dim] ** 2 / max(float((magnitude[peak_layer] ** 2).sum()), 1e-30)
     grouping = f" Each column is the maximum of {width} neighbouring dimensions." if width > 1 else ""
+    landscape = figures.surface(
+        starts.tolist(),
+        list(range(len(binned))),
+        rounded(binned, 3),
+        template=hover("dimension %{x}, block %{y}<br>|h| = %{z:,.4~g}"),
+    )
     return Plot(
         "surface",
         "The massive token in three dimensions",
@@ -240,56 +172,15 @@ def _surface(result: LocateResult, trace: Trace) -> Plot:
         f"(“{visible(trace.token)}”) alone holds {share:.1%} of its squared norm.",
         "The |h| of one token: dimensions by blocks by magnitude. Drag to turn, scroll to zoom; the buttons switch "
         f"the vertical axis between linear and logarithmic.{grouping}",
-        {
-            "data": [
-                {
-                    "type": "surface",
-                    "x": starts.tolist(),
-                    "y": list(range(len(binned))),
-                    "z": rounded(binned, 3),
-                    "colorscale": SEQUENTIAL,
-                    "showscale": False,
-                    "hovertemplate": "dimension %{x}, block %{y}<br>|h| = %{z:,.4~g}<extra></extra>",
-                }
-            ],
-            "layout": {
-                "height": 520,
-                "margin": {"l": 0, "r": 0, "t": 10, "b": 0},
-                "scene": {
-                    "xaxis": {"title": {"text": "dimension"}},
-                    "yaxis": {"title": {"text": "block (0-based)"}},
-                    "zaxis": {"title": {"text": "|h|"}, "type": "linear"},
-                    "aspectratio": {"x": 1.6, "y": 1.2, "z": 0.8},
-                    "camera": {
-                        "eye": {"x": -1.3, "y": -1.7, "z": 0.9},
-                        "center": {"x": 0, "y": 0, "z": -0.15},
-                    },
-                },
-                "updatemenus": [
-                    {
-                        "type": "buttons",
-                        "direction": "right",
-                        "showactive": False,
-                        "x": 0,
-                        "xanchor": "left",
-                        "y": 1,
-                        "yanchor": "top",
-                        "buttons": [
-                            {"label": kind, "method": "relayout", "args": [{"scene.zaxis.type": kind}]}
-                            for kind in ("linear", "log")
-                        ],
-                    }
-                ],
-            },
-        },
+        figures.scene([landscape], axis("dimension"), axis(BLOCK), axis("|h|", type="linear")),
     )
 
 
 def _stages(result: LocateResult) -> Table:
     def row(kind: str, layer: int) -> list[Any]:
         stage, block = result.shares[layer], result.blocks[layer]
-        parts = [f"{part:.1%}" if part is not None else "—" for part in (stage.attn_share, stage.ffn_share)]
-        return [kind, layer, f"{stage.share:.1%}", *parts, number(block.max_abs), number(block.ratio)]
+        shares = map(percent, (stage.share, stage.attn_share, stage.ffn_share))
+        return [kind, layer, *shares, number(block.max_abs), number(block.ratio)]
 
     return Table(
         "Stages",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from melayer.data.rows import visible
 from melayer.measurements.criterion import Criterion
+from melayer.measurements.settings import LocateSettings, criterion_settings
 from melayer.model.provenance import ModelInfo
 from melayer.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 Emergence = Literal["single", "staged", "gradual", "none"]
 
@@ -102,7 +100,7 @@ class NonFinite:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The course of one token through the blocks, for pictures; not part of `to_dict()`."""
+    """The trajectory of one token through the blocks, for pictures; not part of `to_dict()`."""
 
     sequence: int
     token_index: int
@@ -120,7 +118,7 @@ class LocateResult:
 
     model: ModelInfo
     criterion: Criterion
-    settings: dict[str, Any]
+    settings: LocateSettings
     me_layer: int | None
     emergence: Emergence
     stages: tuple[Stage, ...]
@@ -145,7 +143,7 @@ class LocateResult:
         return {
             "melayer_version": __version__,
             "model": self.model.to_dict(),
-            "settings": {"criterion": asdict(self.criterion), **self.settings},
+            "settings": {"criterion": criterion_settings(self.criterion), **self.settings},
             "sentence": self.sentence,
             "me_layer": self.me_layer,
             "emergence": self.emergence,
@@ -175,7 +173,7 @@ class LocateResult:
         depend on those beside and behind it.
         """
         median = 0.0 if self.me_layer is None else self.blocks[self.me_layer].median_abs or 0.0
-        return float(max(self.criterion.min_abs, self.criterion.min_ratio * median))
+        return float(self.criterion.threshold(median))
 
     @property
     def sentence(self) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from melayer.data.rows import visible
-from melayer.presentation.tables import number, table
+from melayer.presentation.tables import ABSENT, number, print_answer, print_text, table
 
 if TYPE_CHECKING:
     from melayer.measurements.locate.result import LocateResult
@@ -19,9 +18,7 @@ _LISTED = 12
 
 def show_locate(result: LocateResult, console: Console) -> None:
     """Prints a locate result: the answer, the blocks, the stages, the massive scalars and the texts."""
-    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="dim", highlight=False)
+    print_answer(console, result.sentence, result.notes)
     console.print(_blocks(result))
     if result.shares:
         console.print(_stages(result))
@@ -29,12 +26,12 @@ def show_locate(result: LocateResult, console: Console) -> None:
         console.print(_massive(result))
     console.print(_sequences(result))
     bos, model = result.settings["bos"], result.model
-    console.print(
-        f"{escape(model.name)}, {model.dtype}, fingerprint {model.fingerprint}; {result.settings['n_tokens']} tokens "
+    print_text(
+        console,
+        f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}; {result.settings['n_tokens']} tokens "
         f"in {len(result.sequences)} texts, {bos['sequences_with_bos']} of them with BOS. "
         "Blocks, tokens and dimensions are 0-based.",
         style="dim",
-        highlight=False,
     )
 
 
@@ -74,7 +71,7 @@ def _blocks(result: LocateResult) -> Table:
                 row.dim,
                 row.n_massive,
                 f"{row.n_holding}/{voting}",
-                f"{shares[row.layer]:+.1%}" if row.layer in shares else "-",
+                f"{shares[row.layer]:+.1%}" if row.layer in shares else ABSENT,
                 ", ".join(mark),
             ]
         )
@@ -87,7 +84,7 @@ def _stages(result: LocateResult) -> Table:
     stages = {stage.layer for stage in result.stages}
     for share in result.shares:
         if share.layer in stages or share.layer in result.erased_at:
-            parts = ["-" if part is None else f"{part:+.1%}" for part in (share.attn_share, share.ffn_share)]
+            parts = [ABSENT if part is None else f"{part:+.1%}" for part in (share.attn_share, share.ffn_share)]
             rows.append([share.layer, "adds" if share.share > 0 else "erases", f"{share.share:+.1%}", *parts])
     return table(f"Emergence: {result.emergence}", columns, rows)
 
@@ -113,7 +110,7 @@ def _sequences(result: LocateResult) -> Table:
     rows = []
     for row in result.sequences:
         holds = {True: "yes", False: "no", None: "-"}[row.holds] if row.votes else "too short"
-        massive = "-" if row.massive_token is None else f"{row.massive_token_index}: {visible(row.massive_token)}"
+        massive = ABSENT if row.massive_token is None else f"{row.massive_token_index}: {visible(row.massive_token)}"
         begins = visible(row.text[:32])
         rows.append([row.index, row.n_tokens, holds, massive, visible(row.first_token), begins])
     return table("Texts", columns, rows)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
-
+from melayer.measurements.settings import RigiditySettings
 from melayer.model.provenance import ModelInfo
+from melayer.numerics.finite import mean_of_known
 from melayer.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class RigidityResult:
     """What `rigidity` found. Layers are 0-based; None stands where a cosine is of nothing finite."""
 
     model: ModelInfo
-    settings: dict[str, Any]
+    settings: RigiditySettings
     me_layer: int | None
     erased_at: tuple[int, ...]
     n_sequences: int
@@ -107,7 +104,10 @@ class RigidityResult:
         if self.me_layer is None:
             return None, None
         after = [row for row in self.effective_rank if row.site == site and row.layer > self.me_layer]
-        return _mean([row.with_massive for row in after]), _mean([row.without_massive for row in after])
+        return (
+            mean_of_known(row.with_massive for row in after),
+            mean_of_known(row.without_massive for row in after),
+        )
 
     def _inputs_sentence(self) -> str:
         if self.fixed_first_token:
@@ -132,11 +132,6 @@ def _lowest(values: Sequence[float | None]) -> float | None:
 def _at_least(value: float) -> str:
     """Four digits, rounded down: rounding up would promise too much."""
     return f"{math.floor(value * 1e4) / 1e4:.4f}"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
 
 
 def _shown(value: float | None) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from melayer.presentation.tables import number, table
+from melayer.presentation.tables import number, print_answer, print_text, table
 
 if TYPE_CHECKING:
     from melayer.measurements.rigidity.result import RigidityResult
@@ -16,21 +15,19 @@ if TYPE_CHECKING:
 
 def show_rigidity(result: RigidityResult, console: Console) -> None:
     """Prints a rigidity result: the answer, then for each block its cosines and effective ranks."""
-    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="dim", highlight=False)
+    print_answer(console, result.sentence, result.notes)
     console.print(_blocks(result))
     model = result.model
     first = "one first token" if result.fixed_first_token else f"{result.n_first_tokens} first tokens"
     ranked = "" if result.tokens is None else f" of {result.tokens:,.0f} tokens (median)"
-    console.print(
+    print_text(
+        console,
         f"next, peak: cosine of the followed token's state with the next block's and with its peak, over "
         f"{result.n_sequences} texts. inputs: mean pairwise cosine over {first}. attn, out: effective rank of what "
         f"attention reads and of the block's output, with (+) and without (-) the massive tokens, over "
         f"{result.n_rank_sequences} texts{ranked}. "
-        f"{escape(model.name)}, {model.dtype}, fingerprint {model.fingerprint}. Blocks are 0-based.",
+        f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}. Blocks are 0-based.",
         style="dim",
-        highlight=False,
     )
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from melayer.measurements.sinks.result import SinksResult
-from melayer.presentation.sections import (
-    BLUE,
-    GREY,
-    ORANGE,
-    SEQUENTIAL,
-    VERMILLION,
-    Plot,
-    Section,
-    Table,
-    number,
-    rounded,
-)
+from melayer.presentation import figures
+from melayer.presentation.figures import BLOCK, BLUE, GREY, ORANGE, VERMILLION, Trace, axis, hover, stroke
+from melayer.presentation.numbers import number, rectangle, rounded
+from melayer.presentation.sections import Plot, Section, Table
+
+TITLE = "What attention does with it"
 
 
 def section(result: SinksResult) -> Section:
@@ -28,14 +23,29 @@ def section(result: SinksResult) -> Section:
     if result.massive is not None and result.massive.n_not_first:
         parts.append(_massive(result))
     parts.append(_strongest(result))
-    return Section("sinks", "What attention does with it", result.sentence, parts)
+    return Section("sinks", TITLE, result.sentence, parts)
+
+
+def attention_map(alpha: Sequence[Sequence[float | None] | None], of: str = "") -> Trace:
+    """The attention that a key draws as a heat map, block by head.
+
+    Args:
+        alpha: [layer][head] shares; None for a block without softmax attention, whose row stays empty.
+        of: What it was measured on, where there are several.
+    """
+    template = hover(f"{of}, block %{{y}}, head %{{x}}: %{{z:.1f}} %" if of else "block %{y}, head %{x}: %{z:.1f} %")
+    return figures.heat_map(rounded(100 * rectangle(alpha), 3), "%", limits=(0, 100), template=template)
+
+
+def head_axis(alpha: Sequence[Sequence[float | None] | None]) -> dict[str, Any]:
+    """The axis on which the heads of an `attention_map` are counted; every head is named where there is room."""
+    width = max((len(heads) for heads in alpha if heads is not None), default=1)
+    return axis("head (0-based)", dtick=max(1, math.ceil(width / 16)))
 
 
 def _heads(result: SinksResult) -> Plot:
-    n_sinks = len(result.heads)
-    known = [values for values in result.alpha if values is not None]
-    n_heads = sum(map(len, known))
-    takeaway = f"{n_sinks} of {n_heads} heads are sinks in more than half of the sequences"
+    n_heads = sum(len(heads) for heads in result.alpha if heads is not None)
+    takeaway = f"{len(result.heads)} of {n_heads} heads are sinks in more than half of the sequences"
     if result.heads:
         head = result.heads[0]
         takeaway += f"; the strongest is head {head.head} of block {head.layer}, which gives it {head.alpha:.1%}"
@@ -47,53 +57,27 @@ def _heads(result: SinksResult) -> Plot:
         f"Each square is one head: the share of its attention on key {result.key}, mean over the queries from there on "
         f"and over {result.n_sequences} sequences of T = {result.T} tokens. Brighter is more; above {result.epsilon:g} "
         "a head counts as a sink. An empty row is a block without softmax attention.",
-        {
-            "data": [_heat(result, result.alpha)],
-            "layout": {
-                "xaxis": {"title": {"text": "head (0-based)"}, "dtick": _step(max(map(len, known), default=1))},
-                "yaxis": {"title": {"text": "block (0-based)"}, "autorange": "reversed"},
-                "height": max(360, 120 + 13 * len(result.alpha)),
-                **_marked(result, horizontal=True),
-            },
-        },
+        figures.figure(
+            [attention_map(result.alpha)],
+            head_axis(result.alpha),
+            axis(BLOCK, autorange="reversed"),
+            figures.height(len(result.alpha), 13, beside=120, least=360),
+            _marked_row(result),
+        ),
     )
 
 
-def _heat(result: SinksResult, alpha: Any) -> dict[str, Any]:
-    width = max((len(values) for values in alpha if values is not None), default=0)
-    grid = np.full((len(alpha), width), math.nan)
-    for layer, values in enumerate(alpha):
-        if values is not None:
-            grid[layer, : len(values)] = [math.nan if value is None else value for value in values]
-    return {
-        "type": "heatmap",
-        "z": rounded(100 * grid, 3),
-        "zmin": 0,
-        "zmax": 100,
-        "colorscale": SEQUENTIAL,
-        "colorbar": {"title": {"text": "%"}, "thickness": 12},
-        "hovertemplate": "block %{y}, head %{x}: %{z:.1f} %<extra></extra>",
-    }
-
-
 def _rates(result: SinksResult) -> Plot:
-    data = [_line("sink rate", result.rate_by_layer, VERMILLION)]
-    means = [None if values is None else _mean(values) for values in result.alpha]
-    data.append(_line("mean attention drawn", means, BLUE, dash="dot"))
+    means = [None if heads is None else _mean(heads) for heads in result.alpha]
+    data = [
+        _curve("sink rate", result.rate_by_layer, VERMILLION, dash="solid"),
+        _curve("mean attention drawn", means, BLUE, dash="dot"),
+    ]
     for name, value, first, last in _spans(result):
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": name,
-                "x": [first - 0.4, last + 0.4],
-                "y": [100 * value, 100 * value],
-                "line": {"color": GREY, "width": 2, "dash": "dash"},
-                "hovertemplate": f"{name}: %{{y:.1f}} %<extra></extra>",
-            }
-        )
-    rates = [(value, layer) for layer, value in enumerate(result.rate_by_layer) if value is not None]
-    highest, at = max(rates)
+        ends, level = (first - 0.4, last + 0.4), (100 * value, 100 * value)
+        template = hover(f"{name}: %{{y:.1f}} %")
+        data.append(figures.line(name, ends, level, stroke(GREY, dash="dash"), marker=None, template=template))
+    highest, at = max((value, layer) for layer, value in enumerate(result.rate_by_layer) if value is not None)
     return Plot(
         "sinks-rate",
         f"Sinks on token {result.key} by block",
@@ -101,14 +85,12 @@ def _rates(result: SinksResult) -> Plot:
         f"Sink rate: the share of a block's heads and sequences in which key {result.key} draws more than "
         f"{result.epsilon:g} of the attention. It falls with the length: compare only figures of the same T. A block "
         "reads what the blocks before it wrote, so the ME layer itself counts as before.",
-        {
-            "data": data,
-            "layout": {
-                "xaxis": {"title": {"text": "block (0-based)"}},
-                "yaxis": {"title": {"text": "%"}, "range": [0, 102]},
-                **_marked(result),
-            },
-        },
+        figures.figure(
+            data,
+            axis(BLOCK),
+            axis("%", range=[0, 102]),
+            figures.marked(result.me_layer, f"ME layer {result.me_layer}"),
+        ),
     )
 
 
@@ -124,6 +106,7 @@ def _before_and_after(result: SinksResult) -> str:
 
 
 def _spans(result: SinksResult) -> list[tuple[str, float, int, int]]:
+    """The mean rates up to the ME layer and after it: name, rate, first and last block."""
     at, last = result.me_layer, len(result.alpha) - 1
     if at is None:
         return []
@@ -141,15 +124,13 @@ def _massive(result: SinksResult) -> Plot:
         f"{massive.n_tokens} massive tokens, {massive.n_not_first} of them not the first of their sequence, are sinks "
         f"in {massive.rate:.1%} of all heads{after}.",
         "As above, with each massive token as the key, wherever it stands, and the queries from there on.",
-        {
-            "data": [_heat(result, massive.alpha)],
-            "layout": {
-                "xaxis": {"title": {"text": "head (0-based)"}},
-                "yaxis": {"title": {"text": "block (0-based)"}, "autorange": "reversed"},
-                "height": max(360, 120 + 13 * len(massive.alpha)),
-                **_marked(result, horizontal=True),
-            },
-        },
+        figures.figure(
+            [attention_map(massive.alpha)],
+            axis("head (0-based)"),
+            axis(BLOCK, autorange="reversed"),
+            figures.height(len(massive.alpha), 13, beside=120, least=360),
+            _marked_row(result),
+        ),
     )
 
 
@@ -163,46 +144,25 @@ def _strongest(result: SinksResult) -> Table:
     )
 
 
-def _marked(result: SinksResult, *, horizontal: bool = False) -> dict[str, Any]:
-    """The line at the ME layer; under its row where blocks go down the page."""
-    at = result.me_layer
-    if at is None:
-        return {"shapes": [], "annotations": []}
-    along, across = ("y", "x") if horizontal else ("x", "y")
-    place = at + 0.5 if horizontal else at
-    line: dict[str, Any] = {
-        "type": "line",
-        f"{along}0": place,
-        f"{along}1": place,
-        f"{across}ref": "paper",
-        f"{across}0": 0,
-    }
-    line |= {f"{across}1": 1, "line": {"color": ORANGE, "width": 2}}
-    if horizontal:
-        return {"shapes": [line]}
-    text = {"x": at, "y": 1, "yref": "paper", "yanchor": "bottom", "text": f"ME layer {at}", "showarrow": False}
-    return {"shapes": [line], "annotations": [text | {"font": {"color": ORANGE}}]}
+def _marked_row(result: SinksResult) -> dict[str, Any]:
+    """The line at the ME layer where blocks go down the page: under its row."""
+    if result.me_layer is None:
+        return figures.marked(None, "")
+    return {"shapes": [figures.horizontal(result.me_layer + 0.5, stroke(ORANGE))]}
 
 
-def _line(name: str, values: Any, colour: str, *, dash: str = "solid") -> dict[str, Any]:
-    percent = [math.nan if value is None else 100 * value for value in values]
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": name,
-        "x": list(range(len(percent))),
-        "y": rounded(np.array(percent), 4),
-        "line": {"color": colour, "dash": dash, "width": 2},
-        "marker": {"size": 5 if dash == "solid" else 1},
-        "hovertemplate": "block %{x}: %{y:.1f} %<extra>" + name + "</extra>",
-    }
+def _curve(name: str, shares: Sequence[float | None], colour: str, *, dash: str) -> Trace:
+    percent = [None if value is None else 100 * value for value in shares]
+    return figures.line(
+        name,
+        range(len(percent)),
+        rounded(percent, 4),
+        stroke(colour, dash=dash),
+        marker=5 if dash == "solid" else 1,
+        template=hover("block %{x}: %{y:.1f} %", name),
+    )
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def _step(width: int) -> int:
-    """Every head named where there is room."""
-    return max(1, math.ceil(width / 16))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from melayer.measurements.settings import SinksSettings
 from melayer.model.provenance import ModelInfo
 from melayer.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class SinksResult:
     """What `sinks` found. Layers, heads and keys are 0-based."""
 
     model: ModelInfo
-    settings: dict[str, Any]
+    settings: SinksSettings
     T: int
     epsilon: float
     key: int

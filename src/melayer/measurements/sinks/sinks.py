@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from melayer.data.rows import Batch, Row, batches, windows
-from melayer.data.texts import builtin_texts
+from melayer.data.rows import Batch, Row, batches
 from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion, find_me_layer
+from melayer.measurements.settings import LAYERS_COUNTED_FROM, criterion_settings, window_settings
 from melayer.measurements.sinks.result import MassiveKeys, SinkHead, SinksResult
-from melayer.measurements.summaries import SequenceSummary, summaries_of
-from melayer.model import attention, wiring
+from melayer.measurements.summaries import SequenceSummary, holding_of, summaries_of
+from melayer.model import attention
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
 from melayer.model.hooks import measuring
-from melayer.model.provenance import describe
+from melayer.model.subject import Subject
 from melayer.runs.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 _MOST_TOKENS = 8
 
 
-def sinks(
+def sinks(  # noqa: PLR0913 - public: every option has a name
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -60,7 +59,7 @@ def sinks(
         bos: Whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
         criterion: What counts as massive, and as the ME layer.
         max_batch_tokens: Tokens in one forward pass.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model in the result.
         progress: Called with the tokens done and the tokens in all.
 
@@ -71,17 +70,38 @@ def sinks(
     Example:
         >>> melayer.sinks(model, tokenizer, T=64).rate_after_me  # doctest: +SKIP
     """
+    return sinks_on(
+        Subject.of(model, tokenizer, parts=parts, name=name),
+        T=T,
+        epsilon=epsilon,
+        texts=texts,
+        bos=bos,
+        criterion=criterion,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress,
+    )
+
+
+def sinks_on(
+    subject: Subject,
+    *,
+    T: int = 64,
+    epsilon: float = 0.3,
+    texts: Sequence[str] | None = None,
+    bos: bool | None = None,
+    criterion: Criterion | None = None,
+    max_batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> SinksResult:
+    """As `sinks`, on a model that was read already."""
     criterion = criterion or Criterion()
     if not 0 <= epsilon <= 1:
         raise InputError(f"epsilon is {epsilon}; expected a share of attention between 0 and 1.")
-    decoder = wiring.read(model, parts=parts)
-    rows = windows(
-        tokenizer, builtin_texts() if texts is None else texts, T, max_positions=decoder.max_positions, bos=bos
-    )
+    decoder = subject.decoder
+    rows = subject.windows(texts, T, bos=bos)
     alphas, summaries = _first_keys(decoder, rows, criterion, max_batch_tokens, progress)
     _refuse_non_finite(decoder, rows, summaries)
-    holding = np.stack([summaries[row.index].n_massive[1:] > 0 for row in rows])
-    me_layer = find_me_layer(holding, criterion)
+    me_layer = find_me_layer(holding_of(rows, summaries).sum(axis=0), len(rows), criterion)
     softmax = [block.layer for block in decoder.blocks if block.attention is not None]
     is_sink = {layer: alphas[layer] > epsilon for layer in softmax}
     notes = []
@@ -90,12 +110,11 @@ def sinks(
     if criterion.min_tokens > T:
         notes.append(f"With fewer than {criterion.min_tokens} tokens the criterion for the ME layer is not meaningful.")
     return SinksResult(
-        model=describe(decoder, name),
+        model=subject.info,
         settings={
-            "criterion": asdict(criterion),
-            "texts": "built-in" if texts is None else "given",
-            "bos": {"asked": bos, "sequences_with_bos": sum(row.has_bos for row in rows)},
-            "layers_counted_from": 0,
+            "criterion": criterion_settings(criterion),
+            **window_settings(rows, texts, bos),
+            "layers_counted_from": LAYERS_COUNTED_FROM,
         },
         T=T,
         epsilon=epsilon,
@@ -122,7 +141,7 @@ def _first_keys(
     decoder: Decoder, rows: Sequence[Row], criterion: Criterion, max_batch_tokens: int, progress: Progress | None
 ) -> tuple[dict[int, NDArray[np.float32]], dict[int, SequenceSummary]]:
     """For each layer [n_sequences, n_heads] what key 0 draws, and the summaries of the same forward passes."""
-    found: dict[int, dict[int, NDArray[np.float32]]] = {}
+    by_layer: dict[int, dict[int, NDArray[np.float32]]] = {}
 
     @contextmanager
     def listening(batch: Batch) -> Iterator[None]:
@@ -130,18 +149,11 @@ def _first_keys(
             yield
             for layer, values in _on_host(drawn()).items():
                 for place, row in enumerate(batch.rows):
-                    found.setdefault(layer, {})[row.index] = values[place, :, 0]
+                    by_layer.setdefault(layer, {})[row.index] = values[place, :, 0]
 
-    summaries = summaries_of(
-        decoder,
-        rows,
-        criterion,
-        k=_MOST_TOKENS,
-        max_batch_tokens=max_batch_tokens,
-        progress=progress,
-        around=listening,
-    )
-    return {layer: np.stack([of[row.index] for row in rows]) for layer, of in found.items()}, summaries
+    passes = list(batches(rows, max_batch_tokens=max_batch_tokens))
+    summaries = summaries_of(decoder, passes, criterion, k=_MOST_TOKENS, progress=progress, during_batch=listening)
+    return {layer: np.stack([of[row.index] for row in rows]) for layer, of in by_layer.items()}, summaries
 
 
 def _refuse_non_finite(decoder: Decoder, rows: Sequence[Row], summaries: Mapping[int, SequenceSummary]) -> None:
@@ -161,8 +173,7 @@ def _on_host(drawn: Mapping[int, torch.Tensor]) -> dict[int, NDArray[np.float32]
 
 def _rate(is_sink: Mapping[int, NDArray[np.bool_]], layers: Sequence[int]) -> float | None:
     """The share of (sequence, layer, head) over these layers; None over none."""
-    taken = [is_sink[layer].ravel() for layer in layers]
-    return float(np.concatenate(taken).mean()) if taken else None
+    return float(np.concatenate([is_sink[layer].ravel() for layer in layers]).mean()) if layers else None
 
 
 def _heads(alphas: Mapping[int, NDArray[np.float32]], is_sink: Mapping[int, NDArray[np.bool_]]) -> tuple[SinkHead, ...]:
@@ -184,26 +195,36 @@ def _massive(
     epsilon: float,
     max_batch_tokens: int,
 ) -> MassiveKeys | None:
-    """What the massive tokens at the ME layer's output draw; only sequences with one beyond key 0 run again."""
+    """What the massive tokens at the ME layer's output draw; only sequences with one beyond key 0 run again.
+
+    Args:
+        decoder: The model's parts.
+        rows: The sequences.
+        summaries: Of each.
+        first: For each layer [n_sequences, n_heads] what key 0 draws.
+        me_layer: The ME layer; without one there is nothing to ask for.
+        epsilon: From where on a key is a sink.
+        max_batch_tokens: Tokens in one forward pass.
+    """
     if me_layer is None:
         return None
     tokens = {row.index: _massive_tokens(summaries[row.index], me_layer) for row in rows}
     again = [row for row in rows if any(token > 0 for token in tokens[row.index])]
-    found: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in first}
+    alphas: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in first}
     for row in rows:
         if tokens[row.index] == [0]:
             for layer, values in first.items():
-                found[layer].append(values[row.index])
+                alphas[layer].append(values[row.index])
     for batch in batches(again, max_batch_tokens=max_batch_tokens):
         keys = [tokens[row.index] for row in batch.rows]
         with measuring(decoder.model), attention.listen(decoder, keys, batch.attention_mask) as drawn:
             forward(decoder.model, batch)
             for layer, values in _on_host(drawn()).items():
-                found[layer] += [values[place, :, key] for place, row in enumerate(keys) for key in range(len(row))]
+                alphas[layer] += [values[place, :, key] for place, row in enumerate(keys) for key in range(len(row))]
     n_tokens = sum(map(len, tokens.values()))
     if not n_tokens:
         return None
-    stacked = {layer: np.stack(values) for layer, values in found.items()}
+    stacked = {layer: np.stack(values) for layer, values in alphas.items()}
     is_sink = {layer: values > epsilon for layer, values in stacked.items()}
     return MassiveKeys(
         n_tokens=n_tokens,

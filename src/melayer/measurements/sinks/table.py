@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from melayer.presentation.tables import table
+from melayer.presentation.tables import ABSENT, print_answer, print_text, table
 
 if TYPE_CHECKING:
     from melayer.measurements.sinks.result import SinksResult
@@ -18,27 +17,25 @@ _LISTED = 12
 
 def show_sinks(result: SinksResult, console: Console) -> None:
     """Prints a sinks result: the answer, the rate by block, the strongest heads."""
-    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="dim", highlight=False)
+    print_answer(console, result.sentence, result.notes)
     console.print(_blocks(result))
     if result.heads:
         console.print(_heads(result))
     massive, model = result.massive, result.model
     if massive is not None:
         after = "" if massive.rate_after_me is None else f", {massive.rate_after_me:.1%} after the ME layer"
-        console.print(
+        print_text(
+            console,
             f"\nMassive tokens: {massive.n_tokens}, {massive.n_not_first} of them not first; sinks in "
             f"{massive.rate:.1%} of all heads{after}.",
-            highlight=False,
         )
-    console.print(
+    print_text(
+        console,
         f"rate: the share of (sequence, head) in which key {result.key} draws more than {result.epsilon:g} of the "
         f"attention (mean over the queries from there on); mean, highest: over the heads. It falls with T, so compare "
-        f"only the same T. {escape(model.name)}, {model.dtype}, fingerprint {model.fingerprint}. "
+        f"only the same T. {model.name}, {model.dtype}, fingerprint {model.fingerprint}. "
         "Blocks, heads and keys are 0-based.",
         style="dim",
-        highlight=False,
     )
 
 
@@ -49,7 +46,7 @@ def _blocks(result: SinksResult) -> Table:
         mark = "<- ME layer" if layer == result.me_layer else ""
         known = [(value, head) for head, value in enumerate(alpha or ()) if value is not None]
         if rate is None or not known:
-            rows.append([layer, "-", "-", "-", "-", mark or "no softmax attention"])
+            rows.append([layer, *[ABSENT] * 4, mark or "no softmax attention"])
             continue
         highest, head = max(known)
         mean = sum(value for value, _ in known) / len(known)

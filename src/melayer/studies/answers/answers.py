@@ -2,60 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from melayer.errors import InputError
 from melayer.interventions.mask import WeMask
-from melayer.model import hooks, wiring
-from melayer.model.provenance import ModelInfo, describe
-from melayer.version import __version__
+from melayer.measurements.settings import LAYERS_COUNTED_FROM
+from melayer.model import hooks
+from melayer.model.subject import Subject
+from melayer.studies.answers.result import SIDES, AnswerPair, AnswersResult, Side
+from melayer.studies.answers.streaming import Stream, TextPieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Side = Literal["plain", "masked"]
-Stream = Callable[[int, Side, str], None]
-"""Called with the prompt's place, the side, and the piece of text that came."""
-
 
 @dataclass(frozen=True)
-class Answer:
-    """One prompt and its two answers."""
+class _Decoding:
+    """How answers are generated."""
 
-    prompt: str
-    n_prompt_tokens: int
-    plain: str
-    masked: str
-    first_difference: int | None
-    """The first generated token, from 0, that differs; None where the answers are the same."""
+    max_new_tokens: int
+    temperature: float
+    seed: int
 
 
-@dataclass(frozen=True)
-class AnswersResult:
-    """What `answers` found."""
-
-    model: ModelInfo
-    settings: dict[str, Any]
-    mask: WeMask
-    answers: tuple[Answer, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain values that JSON can hold; what `--json` prints."""
-        return {"melayer_version": __version__, **asdict(self), "sentence": self.sentence}
-
-    @property
-    def sentence(self) -> str:
-        """The answer in one sentence, computed from the figures."""
-        same = sum(answer.first_difference is None for answer in self.answers)
-        return f"The mask leaves {same} of {len(self.answers)} answers as they are."
-
-
-def answers(
+def answers(  # noqa: PLR0913 - the options of the command, each by its name
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -91,51 +66,40 @@ def answers(
     Example:
         >>> melayer.answers(model, tokenizer, ["Hello!"], mask=mask).answers[0].masked  # doctest: +SKIP
     """
-    if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise InputError("There is no prompt, or an empty one. Give text to answer.")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
-    if temperature < 0:
-        raise InputError(f"temperature is {temperature}; expected 0 or more.")
-    templated = bool(tokenizer.chat_template) if chat is None else chat
-    if (templated or system is not None) and not tokenizer.chat_template:
-        raise InputError("This tokenizer has no chat template. Leave chat and the system prompt out.")
-    if system is not None and not templated:
-        raise InputError("A system prompt was given, but the prompt is not put into the chat template. Allow it.")
-    decoder = wiring.read(model)
-    rows = [_ids(tokenizer, prompt, templated, system) for prompt in prompts]
-    longest = max(map(len, rows)) + max_new_tokens
-    if decoder.max_positions is not None and longest > decoder.max_positions:
-        raise InputError(
-            f"The longest prompt has {max(map(len, rows))} tokens and {max_new_tokens} new ones were asked for, but "
-            f"the model has {decoder.max_positions} positions. Give a shorter prompt or fewer new tokens."
-        )
-    found = []
+    _check_options(prompts, max_new_tokens, temperature)
+    templated = _templated(tokenizer, chat, system)
+    subject = Subject.of(model, tokenizer, name=name)
+    rows = [prompt_ids(tokenizer, prompt, templated, system) for prompt in prompts]
+    _check_length(subject, max(map(len, rows)), max_new_tokens)
+    decoding = _Decoding(max_new_tokens, temperature, seed)
+    pairs = []
     for place, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         ids: dict[Side, list[int]] = {}
-        sides: tuple[Side, ...] = ("plain", "masked")
-        for side in sides:
-            streamer = None if stream is None else _Pieces(tokenizer, place, side, stream)
+        for side in SIDES:
+            streamer = None if stream is None else TextPieces(tokenizer, place, side, stream)
             with hooks.measuring(model), mask.apply(model) if side == "masked" else nullcontext():
-                ids[side] = _generate(model, tokenizer, row, max_new_tokens, temperature, seed, streamer)
-        plain, masked = (tokenizer.decode(ids[side], skip_special_tokens=True) for side in sides)
-        found.append(Answer(prompt, len(row), plain, masked, _difference(ids["plain"], ids["masked"])))
+                ids[side] = _generate(subject, row, decoding, streamer)
+        plain, masked = (tokenizer.decode(ids[side], skip_special_tokens=True) for side in SIDES)
+        pairs.append(AnswerPair(prompt, len(row), plain, masked, first_difference(ids["plain"], ids["masked"])))
     return AnswersResult(
-        model=describe(decoder, name),
+        model=subject.info,
         settings={
             "max_new_tokens": max_new_tokens,
             "chat": templated,
             "system": system,
             "temperature": temperature,
             "seed": seed,
-            "layers_counted_from": 0,
+            "layers_counted_from": LAYERS_COUNTED_FROM,
         },
         mask=mask,
-        answers=tuple(found),
+        answers=tuple(pairs),
     )
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str, templated: bool, system: str | None) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, templated: bool, system: str | None = None
+) -> list[int]:
+    """The tokens that an answer follows: of the prompt as it is, or of a user's turn with what begins the answer."""
     if not templated:
         return list(tokenizer(prompt)["input_ids"])
     turns = [] if system is None else [{"role": "system", "content": system}]
@@ -144,66 +108,60 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str, templated: bool, syste
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    row: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    streamer: Any,
-) -> list[int]:
-    ids = torch.tensor([row], device=model.get_input_embeddings().weight.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling: dict[str, Any] = {"do_sample": bool(temperature), "temperature": temperature or None}
-    if not temperature:
-        # A checkpoint's own sampling options would be complained about where nothing is drawn.
-        sampling |= {"top_p": None, "top_k": None}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            streamer=streamer,
-            **sampling,
-        )
-    return list(out[0, len(row) :].tolist())
-
-
-def _difference(left: list[int], right: list[int]) -> int | None:
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """The first place, from 0, at which two rows of tokens differ, or one of them has ended; None where they are
+    the same.
+    """
     for place, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return place
     return None if len(left) == len(right) else min(len(left), len(right))
 
 
-class _Pieces:
-    """What `generate` calls a streamer: hands on the text that each new token adds."""
+def _check_options(prompts: Sequence[str], max_new_tokens: int, temperature: float) -> None:
+    if not prompts or any(not prompt.strip() for prompt in prompts):
+        raise InputError("There is no prompt, or an empty one. Give text to answer.")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+    if temperature < 0:
+        raise InputError(f"temperature is {temperature}; expected 0 or more.")
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, place: int, side: Side, stream: Stream) -> None:
-        self.tokenizer, self.place, self.side, self.stream = tokenizer, place, side, stream
-        self.ids: list[int] = []
-        self.shown = ""
-        self.prompted = False
 
-    def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt first, then each new token."""
-        if not self.prompted:
-            self.prompted = True
-            return
-        self.ids += value.flatten().tolist()
-        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        # A character of several tokens is a replacement character until it is whole.
-        if not text.endswith("\ufffd"):
-            self._show(text)
+def _templated(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system: str | None) -> bool:
+    """Whether prompts are put into the chat template."""
+    templated = bool(tokenizer.chat_template) if chat is None else chat
+    if (templated or system is not None) and not tokenizer.chat_template:
+        raise InputError("This tokenizer has no chat template. Leave chat and the system prompt out.")
+    if system is not None and not templated:
+        raise InputError("A system prompt was given, but the prompt is not put into the chat template. Allow it.")
+    return templated
 
-    def end(self) -> None:
-        """The last pieces."""
-        self._show(str(self.tokenizer.decode(self.ids, skip_special_tokens=True)))
 
-    def _show(self, text: str) -> None:
-        if len(text) > len(self.shown):
-            self.stream(self.place, self.side, text[len(self.shown) :])
-            self.shown = text
+def _check_length(subject: Subject, longest: int, max_new_tokens: int) -> None:
+    most = subject.decoder.max_positions
+    if most is not None and longest + max_new_tokens > most:
+        raise InputError(
+            f"The longest prompt has {longest} tokens and {max_new_tokens} new ones were asked for, but "
+            f"the model has {most} positions. Give a shorter prompt or fewer new tokens."
+        )
+
+
+def _generate(subject: Subject, row: list[int], decoding: _Decoding, streamer: TextPieces | None) -> list[int]:
+    model, tokenizer = subject.model, subject.tokenizer
+    ids = torch.tensor([row], device=model.get_input_embeddings().weight.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling: dict[str, Any] = {"do_sample": bool(decoding.temperature), "temperature": decoding.temperature or None}
+    if not decoding.temperature:
+        # A checkpoint's own sampling options would be complained about where nothing is drawn.
+        sampling |= {"top_p": None, "top_k": None}
+    with torch.random.fork_rng():
+        torch.manual_seed(decoding.seed)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=decoding.max_new_tokens,
+            pad_token_id=pad,
+            streamer=streamer,
+            **sampling,
+        )
+    return list(out[0, len(row) :].tolist())

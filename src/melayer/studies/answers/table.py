@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from melayer.presentation.tables import print_text
+
 if TYPE_CHECKING:
-    from melayer.studies.answers.answers import AnswersResult, Side, Stream
+    from melayer.studies.answers.result import AnswersResult, Side
+    from melayer.studies.answers.streaming import Stream
 
 
 @contextmanager
@@ -39,14 +41,14 @@ def show_answers(result: AnswersResult, console: Console) -> None:
         console.print(_pair(answer.prompt, answer.plain, answer.masked))
         at = answer.first_difference
         said = "The answers are the same." if at is None else f"They differ from generated token {at} on (0-based)."
-        console.print(said, style="dim", highlight=False)
+        print_text(console, said, style="dim")
     mask, model = result.mask, result.model
     layers = f"every block after {mask.me_layer}" if mask.layers is None else _spans(mask.layers)
-    console.print(
-        f"{escape(result.sentence)} Mask: {mask.selector} {mask.rate:g}, strength {mask.strength:g}, blocks: {layers} "
-        f"(0-based). {escape(model.name)}, {model.dtype}, fingerprint {model.fingerprint}.",
+    print_text(
+        console,
+        f"{result.sentence} Mask: {mask.selector} {mask.rate:g}, strength {mask.strength:g}, blocks: {layers} "
+        f"(0-based). {model.name}, {model.dtype}, fingerprint {model.fingerprint}.",
         style="dim",
-        highlight=False,
     )
 
 

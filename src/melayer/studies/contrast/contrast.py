@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion
-from melayer.measurements.locate.locate import locate
-from melayer.measurements.locate.result import LocateResult
-from melayer.measurements.rigidity.result import RigidityResult
-from melayer.measurements.rigidity.rigidity import rigidity
-from melayer.measurements.sinks.result import SinksResult
-from melayer.measurements.sinks.sinks import sinks
+from melayer.measurements.locate.locate import locate_on
+from melayer.measurements.rigidity.rigidity import rigidity_on
+from melayer.measurements.settings import criterion_settings
+from melayer.measurements.sinks.sinks import sinks_on
+from melayer.model.subject import Subject
 from melayer.runs.progress import Progress
-from melayer.version import __version__
+from melayer.studies.contrast.result import ContrastResult, Figure, Measured
+from melayer.studies.texts import texts_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,103 +23,7 @@ if TYPE_CHECKING:
     from melayer.interventions.mask import WeMask
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One model's ME layer, rigidity and sinks."""
-
-    located: LocateResult
-    rigidity: RigidityResult
-    sinks: SinksResult
-    asked: Mapping[str, Any]
-    """What the figures depend on beside the model: two models are compared under the same."""
-    mask: WeMask | None
-    """The mask that was applied while it was measured."""
-
-    @property
-    def largest(self) -> tuple[float | None, int | None, int | None]:
-        """The largest finite |h| at a block's output, with its block and dimension."""
-        rows = [(row.max_abs, row.layer, row.dim) for row in self.located.blocks if row.max_abs is not None]
-        return max(rows, key=lambda row: row[0]) if rows else (None, None, None)
-
-    def sinks_after(self, layer: int | None) -> float | None:
-        """The sink rate over the blocks after one, whichever the model's own ME layer is."""
-        rows = [
-            (rate, len(alpha))
-            for rate, alpha in list(zip(self.sinks.rate_by_layer, self.sinks.alpha, strict=True))[
-                0 if layer is None else layer + 1 :
-            ]
-            if rate is not None and alpha is not None
-        ]
-        heads = sum(n for _, n in rows)
-        return sum(rate * n for rate, n in rows) / heads if heads else None
-
-    @property
-    def rigid(self) -> float | None:
-        """The lowest cosine between neighbouring blocks from the ME layer until the state is erased."""
-        at, until = self.rigidity.me_layer, self.rigidity.rigid_until
-        if at is None or until is None:
-            return None
-        return min((value for value in self.rigidity.cosine_next[at:until] if value is not None), default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The three results as plain values."""
-        return {
-            "locate": self.located.to_dict(),
-            "rigidity": self.rigidity.to_dict(),
-            "sinks": self.sinks.to_dict(),
-            "mask": None if self.mask is None else asdict(self.mask),
-        }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of both models."""
-
-    name: str
-    before: float | int | str | None
-    after: float | int | str | None
-
-
-@dataclass(frozen=True)
-class ContrastResult:
-    """Two models on the same texts. Layers are 0-based."""
-
-    before: Measured
-    after: Measured
-    T: int
-    figures: tuple[Figure, ...]
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain values that JSON can hold; what `--json` prints."""
-        return {
-            "melayer_version": __version__,
-            "sentence": self.sentence,
-            "T": self.T,
-            "figures": [asdict(figure) for figure in self.figures],
-            "notes": list(self.notes),
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-        }
-
-    @property
-    def sentence(self) -> str:
-        """The answer in one sentence, computed from the figures."""
-        first, second = self.before.located.me_layer, self.after.located.me_layer
-        if first == second:
-            where = "Neither model has an ME layer" if first is None else f"The ME layer is block {first} in both"
-        else:
-            where = f"The ME layer was {_block(first)} and is {_block(second)}"
-        before, after = (side.sinks_after(first) for side in (self.before, self.after))
-        if before is None or after is None:
-            return f"{where}."
-        over = "over all blocks" if first is None else f"after block {first}"
-        same = "stayed at" if before == after else "went from"
-        rates = f"{before:.1%}" if before == after else f"{before:.1%} to {after:.1%}"
-        return f"{where}; the sink rate {over} {same} {rates}."
-
-
-def measure(
+def measure(  # noqa: PLR0913 - the options of its measurements, each by its name
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -162,20 +63,38 @@ def measure(
     Example:
         >>> melayer.contrast(melayer.measure(a, tokenizer), melayer.measure(b, tokenizer)).sentence  # doctest: +SKIP
     """
-    given = list(builtin_texts() if texts is None else texts)
-    shared: dict[str, Any] = {"texts": texts, "bos": bos, "criterion": criterion, "parts": parts, "name": name}
-    shared["max_batch_tokens"] = max_batch_tokens
-    bars: Callable[[int], Progress | None] = part or (lambda _: None)
-    located = locate(model, tokenizer, **shared, progress=bars(0))
-    rigid = rigidity(model, tokenizer, located=located, n_first_tokens=n_first_tokens, **shared, progress=bars(1))
-    drawn = sinks(model, tokenizer, T=T, epsilon=epsilon, **shared, progress=bars(2))
+    progress: Callable[[int], Progress | None] = part or (lambda _: None)
+    subject = Subject.of(model, tokenizer, parts=parts, name=name)
+    located = locate_on(
+        subject, texts=texts, bos=bos, criterion=criterion, max_batch_tokens=max_batch_tokens, progress=progress(0)
+    )
+    rigid = rigidity_on(
+        subject,
+        texts=texts,
+        n_first_tokens=n_first_tokens,
+        located=located,
+        bos=bos,
+        criterion=criterion,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress(1),
+    )
+    drawn = sinks_on(
+        subject,
+        T=T,
+        epsilon=epsilon,
+        texts=texts,
+        bos=bos,
+        criterion=criterion,
+        max_batch_tokens=max_batch_tokens,
+        progress=progress(2),
+    )
     asked = {
         "T": T,
         "epsilon": epsilon,
         "n_first_tokens": n_first_tokens,
         "bos": bos,
-        "criterion": asdict(located.criterion),
-        "texts": hashlib.sha256(json.dumps(given).encode()).hexdigest(),
+        "criterion": criterion_settings(located.criterion),
+        "texts": texts_sha256(builtin_texts() if texts is None else texts),
     }
     return Measured(located, rigid, drawn, asked, mask)
 
@@ -197,42 +116,40 @@ def contrast(before: Measured, after: Measured) -> ContrastResult:
     if differing:
         raise InputError(f"The two were measured with different {', '.join(differing)}. Measure both alike.")
     at = before.located.me_layer
-    ranks = [side.rigidity.mean_rank("attn_in") for side in (before, after)]
-    inputs = [
-        None if side.located.me_layer is None else side.rigidity.cosine_inputs[side.located.me_layer]
-        for side in (before, after)
-    ]
-    rows: list[tuple[str, Any, Any]] = [
-        ("ME layer", before.located.me_layer, after.located.me_layer),
-        ("emergence", before.located.emergence, after.located.emergence),
-        ("largest |h|", before.largest[0], after.largest[0]),
-        ("at block", before.largest[1], after.largest[1]),
-        ("in dimension", before.largest[2], after.largest[2]),
-        ("sink rate", before.sinks.rate, after.sinks.rate),
-        (
-            "sink rate" if at is None else f"sink rate after block {at}",
-            before.sinks_after(at),
-            after.sinks_after(at),
-        ),
-        ("lowest cosine to the next block, ME layer on", before.rigid, after.rigid),
-        ("cosine across first tokens at the ME layer", inputs[0], inputs[1]),
-        ("effective rank of what attention reads", ranks[0][0], ranks[1][0]),
-    ]
-    if at is None:
-        del rows[6]
-    notes = []
-    for side, what in ((before, "Before"), (after, "After")):
+    first, second = _figures(before, at), _figures(after, at)
+    figures = tuple(Figure(name, value, second[name]) for name, value in first.items())
+    return ContrastResult(before, after, before.sinks.T, figures, tuple(dict.fromkeys(_notes(before, after))))
+
+
+def _figures(side: Measured, at: int | None) -> dict[str, float | int | str | None]:
+    """What is compared of one model, by name; sinks after block `at`, the ME layer of the first."""
+    largest, block, dim = side.largest
+    figures: dict[str, float | int | str | None] = {
+        "ME layer": side.located.me_layer,
+        "emergence": side.located.emergence,
+        "largest |h|": largest,
+        "at block": block,
+        "in dimension": dim,
+        "sink rate": side.sinks.rate,
+    }
+    if at is not None:
+        figures[f"sink rate after block {at}"] = side.sinks_after(at)
+    figures["lowest cosine to the next block, ME layer on"] = side.rigid
+    figures["cosine across first tokens at the ME layer"] = _cosine_inputs(side)
+    figures["effective rank of what attention reads"] = side.rigidity.mean_rank("attn_in")[0]
+    return figures
+
+
+def _cosine_inputs(side: Measured) -> float | None:
+    me_layer = side.located.me_layer
+    return None if me_layer is None else side.rigidity.cosine_inputs[me_layer]
+
+
+def _notes(before: Measured, after: Measured) -> Iterator[str]:
+    sides = (("Before", before), ("After", after))
+    for what, side in sides:
         if side.mask is not None:
-            notes.append(f"{what}: measured under its mask ({side.mask.selector} {side.mask.rate:g}).")
-    notes += [
-        f"{what}: {note}"
-        for side, what in ((before, "Before"), (after, "After"))
-        for note in dict.fromkeys([*side.located.notes, *side.rigidity.notes, *side.sinks.notes])
-    ]
-    return ContrastResult(
-        before, after, before.sinks.T, tuple(Figure(*row) for row in rows), tuple(dict.fromkeys(notes))
-    )
-
-
-def _block(layer: int | None) -> str:
-    return "nowhere" if layer is None else f"block {layer}"
+            yield f"{what}: measured under its mask ({side.mask.selector} {side.mask.rate:g})."
+    for what, side in sides:
+        for note in (*side.located.notes, *side.rigidity.notes, *side.sinks.notes):
+            yield f"{what}: {note}"

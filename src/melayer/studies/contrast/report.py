@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from melayer.model.provenance import versions
-from melayer.presentation.page import Written, _one_section, check_writable
-from melayer.presentation.sections import BLUE, VERMILLION, Plot, Section, Table, number, rounded
+from melayer.presentation import figures
+from melayer.presentation.figures import BLOCK, BLUE, VERMILLION, axis, hover, stroke
+from melayer.presentation.numbers import ABSENT, number, rounded
+from melayer.presentation.page import Page, Written, versions_fact, write_page
+from melayer.presentation.sections import Plot, Section, Table
 
 if TYPE_CHECKING:
-    from melayer.studies.contrast.contrast import ContrastResult, Figure
+    from melayer.studies.contrast.result import ContrastResult, Figure
 
 
 def section(result: ContrastResult) -> Section:
@@ -32,7 +32,7 @@ def section(result: ContrastResult) -> Section:
             f"{after[1]}, dimension {after[2]}).",
             "The largest |h| at each block's output over all texts; the axis is logarithmic.",
             magnitudes,
-            {"title": {"text": "largest |h|"}, "type": "log"},
+            axis("largest |h|", type="log"),
         ),
         _plot(
             "contrast-sinks",
@@ -41,7 +41,7 @@ def section(result: ContrastResult) -> Section:
             f"The share of heads and sequences (T = {result.T}) in which key 0 draws more than "
             f"{result.before.sinks.epsilon:g} of the attention.",
             rates,
-            {"title": {"text": "%"}, "range": [0, 102]},
+            axis("%", range=[0, 102]),
         ),
         _plot(
             "contrast-cosine",
@@ -49,7 +49,7 @@ def section(result: ContrastResult) -> Section:
             _cosine_takeaway(result),
             "1 is the same direction: a stretch of ones is where nothing about the token changes.",
             cosines,
-            {"title": {"text": "cosine"}},
+            axis("cosine"),
         ),
         Table("The figures", ["", "before", "after"], [_row(figure) for figure in result.figures]),
     ]
@@ -63,37 +63,26 @@ def _cosine_takeaway(result: ContrastResult) -> str:
     return f"From the ME layer until the state is erased it is at least {values[0]:.4f} before, {values[1]:.4f} after."
 
 
-def _row(figure: Figure) -> list[Any]:
-    digits = 0 if figure.name == "largest |h|" else 4
-    return [
-        figure.name,
-        *(
-            number(value, digits) if isinstance(value, float) else "—" if value is None else str(value)
-            for value in (figure.before, figure.after)
-        ),
-    ]
+def _row(figure: Figure) -> list[str]:
+    return [figure.name, *(side_text(figure, value, ABSENT) for value in (figure.before, figure.after))]
+
+
+def side_text(figure: Figure, value: float | int | str | None, absent: str) -> str:
+    """One side's value of a figure, for a table."""
+    if isinstance(value, float):
+        return number(value, 0 if figure.name == "largest |h|" else 4)
+    return absent if value is None else str(value)
 
 
 def _plot(
-    key: str, title: str, takeaway: str, reading: str, values: Sequence[Sequence[float | None]], axis: dict[str, Any]
+    key: str, title: str, takeaway: str, reading: str, values: Sequence[Sequence[float | None]], unit: dict[str, Any]
 ) -> Plot:
+    styles = {"before": stroke(BLUE, dash="dash"), "after": stroke(VERMILLION, dash="solid")}
     data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": name,
-            "x": list(range(len(row))),
-            "y": rounded(np.array([math.nan if value is None else value for value in row]), 5),
-            "line": {"color": colour, "width": 2, "dash": dash},
-            "marker": {"size": 5},
-            "hovertemplate": f"{name}, block %{{x}}: %{{y}}<extra></extra>",
-        }
-        for name, colour, dash, row in zip(
-            ("before", "after"), (BLUE, VERMILLION), ("dash", "solid"), values, strict=True
-        )
+        figures.line(name, range(len(row)), rounded(row, 5), style, template=hover(f"{name}, block %{{x}}: %{{y}}"))
+        for (name, style), row in zip(styles.items(), values, strict=True)
     ]
-    layout = {"xaxis": {"title": {"text": "block (0-based)"}}, "yaxis": axis}
-    return Plot(key, title, takeaway, reading, {"data": data, "layout": layout})
+    return Plot(key, title, takeaway, reading, figures.figure(data, axis(BLOCK), unit))
 
 
 def write_contrast_report(result: ContrastResult, out: str | Path, *, command: str | None = None) -> Written:
@@ -107,18 +96,14 @@ def write_contrast_report(result: ContrastResult, out: str | Path, *, command: s
     Raises:
         OutputError: `out` cannot be written.
     """
-    out = Path(out)
-    check_writable(out)
-    facts = [
-        (side, f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}")
-        for side, model in (("Before", result.before.located.model), ("After", result.after.located.model))
-    ]
     located = result.before.located
-    facts += [
+    models = {"Before": located.model, "After": result.after.located.model}
+    facts = [
+        *((side, f"{model.name}, {model.dtype}, fingerprint {model.fingerprint}") for side, model in models.items()),
         ("Texts", f"{located.settings['texts']}: {located.settings['n_sequences']} texts, the same for both"),
         ("Sinks", f"T = {result.T}"),
-        ("Versions", ", ".join(f"{what} {number}" for what, number in versions().items())),
+        versions_fact(versions()),
     ]
-    name = f"{result.before.located.model.name} and {result.after.located.model.name}"
-    values = {"contrast": result.to_dict()}
-    return _one_section(out, section(result), name, result.notes, facts, values, command)
+    name = " and ".join(model.name for model in models.values())
+    page = Page(name, [section(result)], result.notes, facts, {"contrast": result.to_dict()})
+    return write_page(page, out, command=command)

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from melayer.presentation.sections import (
-    BLUE,
-    GREY,
-    ORANGE,
-    SEQUENTIAL,
-    VERMILLION,
-    Plot,
-    Section,
-    Table,
-    number,
-    rounded,
-)
+from melayer.measurements.sinks.report import attention_map, head_axis
+from melayer.presentation import figures
+from melayer.presentation.figures import BLOCK, BLUE, GREY, ORANGE, VERMILLION, Trace, axis, hover, stroke
+from melayer.presentation.numbers import ABSENT, number, percent, rounded
+from melayer.presentation.sections import Plot, Section, Table
 from melayer.studies.sweep.result import SweepPoint, SweepResult
 
 # One for each selector, from the same palette; the controls are dotted.
@@ -31,6 +23,7 @@ _COLOURS = {
     "activation-low": BLUE,
 }
 _DASHES = {"weight-low": "dot", "activation-low": "dot"}
+_RATE = axis("rate: share of the dimensions masked")
 
 
 def section(result: SweepResult) -> Section:
@@ -56,7 +49,9 @@ def _perplexity(result: SweepResult) -> Plot:
         f"How well the tokens of {result.n_sequences} sequences of T = {result.T} are predicted; lower is better, and "
         "the axis is logarithmic. The dashed line is the model without a mask. Compare only figures of the same texts "
         "and T.",
-        _curves(result, lambda point: point.perplexity, "perplexity", "%{y:.2f}", {"type": "log"}),
+        figures.figure(
+            _by_rate(result, lambda point: point.perplexity, "%{y:.2f}"), _RATE, axis("perplexity", type="log")
+        ),
     )
 
 
@@ -70,30 +65,24 @@ def _sinks(result: SweepResult) -> Plot:
         f"({lowest:.1%}) and highest with {most.label} ({highest:.1%}).",
         f"The share of heads and sequences in which key 0 draws more than {result.epsilon:g} of the attention, over "
         f"the blocks after block {result.me_layer}. The dashed line is the model without a mask.",
-        _curves(result, _sink_percent, "%", "%{y:.1f} %", {"range": [0, 102]}),
+        figures.figure(_by_rate(result, _sink_percent, "%{y:.1f} %"), _RATE, axis("%", range=[0, 102])),
     )
 
 
 def _both(result: SweepResult) -> Plot:
+    template = hover("%{text}: %{x:.1f} % sinks, perplexity %{y:.2f}")
     data = []
     for selector in _swept(result):
         points = [point for point in result.masked if point.selector == selector]
-        data.append(
-            {
-                **_line(selector, map(_sink_percent, points), [point.perplexity for point in points], width=1),
-                "text": [point.label for point in points],
-                "hovertemplate": "%{text}: %{x:.1f} % sinks, perplexity %{y:.2f}<extra></extra>",
-            }
-        )
-    plain = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "no mask",
-        "x": _plain([_sink_percent(result.plain)]),
-        "y": _plain([result.plain.perplexity]),
-        "marker": {"color": GREY, "size": 14, "symbol": "star"},
-        "hovertemplate": "no mask: %{x:.1f} % sinks, perplexity %{y:.2f}<extra></extra>",
-    }
+        sinks, perplexities = map(_sink_percent, points), [point.perplexity for point in points]
+        curve = _curve(selector, list(sinks), perplexities, width=1, template=template)
+        data.append(curve | {"text": [point.label for point in points]})
+    plain = figures.points(
+        rounded([_sink_percent(result.plain)], 5),
+        rounded([result.plain.perplexity], 5),
+        {"color": GREY, "size": 14, "symbol": "star"},
+        template=hover("no mask: %{x:.1f} % sinks, perplexity %{y:.2f}"),
+    )
     before = result.plain.sink_rate_after_me or 0.0
     fewer = [point for point in result.mild if (point.sink_rate_after_me or 0.0) < before]
     return Plot(
@@ -103,62 +92,34 @@ def _both(result: SweepResult) -> Plot:
         "most 5 % above its own.",
         "Each point is a mask, joined by rate: further left key 0 is a sink in fewer heads after the ME layer, further "
         "down the texts are predicted better. The star is the model without a mask.",
-        {
-            "data": [*data, plain],
-            "layout": {
-                "xaxis": {"title": {"text": "sink rate after the ME layer, %"}},
-                "yaxis": {"title": {"text": "perplexity"}, "type": "log"},
-            },
-        },
+        figures.figure(
+            [*data, plain | {"name": "no mask"}],
+            axis("sink rate after the ME layer, %"),
+            axis("perplexity", type="log"),
+        ),
     )
 
 
-def _curves(
-    result: SweepResult, value: Callable[[SweepPoint], float | None], title: str, shown: str, axis: dict[str, Any]
-) -> dict[str, Any]:
+def _by_rate(result: SweepResult, value: Callable[[SweepPoint], float | None], shown: str) -> list[Trace]:
+    """A curve for each selector, and a line at the model without a mask; `shown` says how a value is written."""
     data = []
     for selector in _swept(result):
         # Every curve starts at rate 0, which is the model without a mask whatever the selector.
         points = [result.plain, *(point for point in result.masked if point.selector == selector)]
-        line = _line(selector, [point.rate for point in points], [value(point) for point in points])
-        data.append(line | {"hovertemplate": f"{selector} %{{x:g}}: {shown}<extra></extra>"})
-    plain = {
-        "type": "scatter",
-        "mode": "lines",
-        "name": "no mask",
-        "x": [0, max(point.rate for point in result.masked)],
-        "y": _plain([value(result.plain)] * 2),
-        "line": {"color": GREY, "width": 2, "dash": "dash"},
-        "hovertemplate": f"no mask: {shown}<extra></extra>",
-    }
-    return {
-        "data": [*data, plain],
-        "layout": {
-            "xaxis": {"title": {"text": "rate: share of the dimensions masked"}},
-            "yaxis": {"title": {"text": title}, **axis},
-        },
-    }
+        template = hover(f"{selector} %{{x:g}}: {shown}")
+        data.append(_curve(selector, [point.rate for point in points], [value(point) for point in points], template))
+    plain = figures.line(
+        "no mask",
+        [0, max(point.rate for point in result.masked)],
+        rounded([value(result.plain)] * 2, 5),
+        stroke(GREY, dash="dash"),
+        marker=None,
+        template=hover(f"no mask: {shown}"),
+    )
+    return [*data, plain]
 
 
 def _heads(result: SweepResult) -> Plot:
-    traces = []
-    width = max((len(values) for values in result.plain.alpha if values is not None), default=0)
-    for point in result.points:
-        grid = np.full((len(point.alpha), width), math.nan)
-        for layer, values in enumerate(point.alpha):
-            if values is not None:
-                grid[layer, : len(values)] = [math.nan if value is None else value for value in values]
-        traces.append(
-            {
-                "type": "heatmap",
-                "z": rounded(100 * grid, 3),
-                "zmin": 0,
-                "zmax": 100,
-                "colorscale": SEQUENTIAL,
-                "colorbar": {"title": {"text": "%"}, "thickness": 12},
-                "hovertemplate": f"{point.label}, block %{{y}}, head %{{x}}: %{{z:.1f}} %<extra></extra>",
-            }
-        )
     return Plot(
         "sweep-heads",
         "Attention that token 0 draws, block by head, with and without a mask",
@@ -167,16 +128,14 @@ def _heads(result: SweepResult) -> Plot:
         f"attention on key 0, mean over the queries and over {result.n_sequences} sequences of T = {result.T} tokens. "
         f"Brighter is more; above {result.epsilon:g} a head counts as a sink. An empty row is a block without softmax "
         "attention.",
-        {
-            "data": _first_shown(traces),
-            "layout": {
-                "xaxis": {"title": {"text": "head (0-based)"}, "dtick": max(1, math.ceil(width / 16))},
-                "yaxis": {"title": {"text": "block (0-based)"}, "autorange": "reversed"},
-                "height": max(400, 160 + 13 * len(result.plain.alpha)),
-                "shapes": [_me_line(result.me_layer + 0.5, along="y")],  # under its row
-                **_menu(result),
-            },
-        },
+        figures.figure(
+            figures.first_shown([attention_map(point.alpha, of=point.label) for point in result.points]),
+            head_axis(result.plain.alpha),
+            axis(BLOCK, autorange="reversed"),
+            figures.height(len(result.plain.alpha), 13, beside=160, least=400),
+            {"shapes": [figures.horizontal(result.me_layer + 0.5, stroke(ORANGE))]},  # under its row
+            figures.menu([point.label for point in result.points]),
+        ),
     )
 
 
@@ -197,40 +156,30 @@ def _drawn_after(point: SweepPoint, me_layer: int) -> float | None:
 
 
 def _cosines(result: SweepResult) -> Plot:
-    traces = []
-    for point in result.points:
-        colour = GREY if point.selector is None else _COLOURS[point.selector]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": point.label,
-                "x": list(range(len(point.cosine_next))),
-                "y": _plain(point.cosine_next, 6),
-                "line": {"color": colour, "width": 2},
-                "marker": {"size": 5},
-                "hovertemplate": f"{point.label}, block %{{x}}: %{{y:.4f}}<extra></extra>",
-            }
+    curves = [
+        figures.line(
+            point.label,
+            range(len(point.cosine_next)),
+            rounded(point.cosine_next, 6),
+            stroke(GREY if point.selector is None else _COLOURS[point.selector]),
+            template=hover(f"{point.label}, block %{{x}}: %{{y:.4f}}"),
         )
-    at = result.me_layer
-    text = {"x": at, "y": 1, "yref": "paper", "yanchor": "bottom", "text": f"ME layer {at}", "showarrow": False}
+        for point in result.points
+    ]
     return Plot(
         "sweep-cosine",
         "Direction of the massive token's state by block, with and without a mask",
         _cosines_takeaway(result),
         "The menu chooses the mask. Cosine of the massive token's state at a block's output with its own state one "
         "block later: 1 is the same direction, and a stretch of ones is where nothing about the token changes.",
-        {
-            "data": _first_shown(traces),
-            "layout": {
-                "xaxis": {"title": {"text": "block (0-based)"}},
-                "yaxis": {"title": {"text": "cosine"}, "range": _range(result)},
-                "showlegend": False,
-                "shapes": [_me_line(at, along="x")],
-                "annotations": [text | {"font": {"color": ORANGE}}],
-                **_menu(result),
-            },
-        },
+        figures.figure(
+            figures.first_shown(curves),
+            axis(BLOCK),
+            axis("cosine", range=_range(result)),
+            {"showlegend": False},
+            figures.marked(result.me_layer, f"ME layer {result.me_layer}"),
+            figures.menu([point.label for point in result.points]),
+        ),
     )
 
 
@@ -262,9 +211,9 @@ def _figures(result: SweepResult) -> Table:
             [
                 point.label,
                 number(point.perplexity, 2),
-                "—" if point.selector is None else f"{result.change(point):+.1%}",
+                ABSENT if point.selector is None else f"{result.change(point):+.1%}",
                 f"{point.sink_rate:.1%}",
-                "—" if point.sink_rate_after_me is None else f"{point.sink_rate_after_me:.1%}",
+                percent(point.sink_rate_after_me),
                 number(point.cosine_rigid, 4),
                 number(point.rank_attn_in, 1),
                 number(point.rank_attn_in_without, 1),
@@ -279,37 +228,11 @@ def _figures(result: SweepResult) -> Table:
     )
 
 
-def _menu(result: SweepResult) -> dict[str, Any]:
-    """A menu that shows one trace of as many as there are points."""
-    n = len(result.points)
-    buttons = [
-        {"label": point.label, "method": "restyle", "args": [{"visible": [other == place for other in range(n)]}]}
-        for place, point in enumerate(result.points)
-    ]
-    menu = {"type": "dropdown", "buttons": buttons, "active": 0, "x": 0, "xanchor": "left"}
-    return {"updatemenus": [menu | {"y": 1.06, "yanchor": "bottom"}]}
-
-
-def _first_shown(traces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**trace, "visible": place == 0} for place, trace in enumerate(traces)]
-
-
-def _me_line(at: float, *, along: str) -> dict[str, Any]:
-    across = "y" if along == "x" else "x"
-    ends = {f"{along}0": at, f"{along}1": at, f"{across}ref": "paper", f"{across}0": 0, f"{across}1": 1}
-    return {"type": "line", **ends, "line": {"color": ORANGE, "width": 2}}
-
-
-def _line(name: str, x: Any, y: Sequence[float | None], *, width: int = 2) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": name,
-        "x": _plain(list(x)),
-        "y": _plain(y),
-        "line": {"color": _COLOURS[name], "width": width, "dash": _DASHES.get(name, "solid")},
-        "marker": {"size": 6},
-    }
+def _curve(
+    selector: str, x: Sequence[float | None], y: Sequence[float | None], template: str, *, width: int = 2
+) -> Trace:
+    style = stroke(_COLOURS[selector], width=width, dash=_DASHES.get(selector, "solid"))
+    return figures.line(selector, rounded(x, 5), rounded(y, 5), style, marker=6, template=template)
 
 
 def _swept(result: SweepResult) -> list[str]:
@@ -318,7 +241,3 @@ def _swept(result: SweepResult) -> list[str]:
 
 def _sink_percent(point: SweepPoint) -> float | None:
     return None if point.sink_rate_after_me is None else 100 * point.sink_rate_after_me
-
-
-def _plain(values: Sequence[float | None], digits: int = 5) -> list[Any]:
-    return rounded(np.array([math.nan if value is None else value for value in values]), digits)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from melayer.measurements.locate.result import LocateResult
 from melayer.model.provenance import ModelInfo
+from melayer.studies.sweep.settings import SweepSettings
 from melayer.version import __version__
 
-if TYPE_CHECKING:
-    pass
 MILD = 1.05
 """A mask that raises the perplexity by no more than this factor is called mild."""
 
@@ -63,7 +62,7 @@ class SweepResult:
     """What `sweep` found. Layers, heads and keys are 0-based."""
 
     model: ModelInfo
-    settings: dict[str, Any]
+    settings: SweepSettings
     me_layer: int
     T: int
     epsilon: float

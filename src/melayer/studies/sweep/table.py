@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from melayer.presentation.tables import number, table
+from melayer.presentation.tables import ABSENT, number, percent, print_answer, print_text, table
 
 if TYPE_CHECKING:
     from melayer.studies.sweep.result import SweepResult
@@ -16,22 +15,20 @@ if TYPE_CHECKING:
 
 def show_sweep(result: SweepResult, console: Console) -> None:
     """Prints a sweep result: the answer, then the plain model and each mask, a line each."""
-    console.print(f"[bold]{escape(result.sentence)}[/]", highlight=False)
-    for note in result.notes:
-        console.print(escape(note), style="dim", highlight=False)
+    print_answer(console, result.sentence, result.notes)
     console.print(_points(result))
     model, settings, at = result.model, result.settings, result.me_layer
     blocks = "all after it" if settings["layers"] is None else ", ".join(map(str, settings["layers"]))
-    console.print(
+    print_text(
+        console,
         f"sinks: the share of (sequence, head) in which key 0 draws more than {result.epsilon:g} of the attention, "
         f"over all blocks and over those after the ME layer (block {at}). cosine: of the massive token's state "
         "between neighbouring blocks, mean from the ME layer until it is erased. read, stream: effective rank of what "
         "attention reads and of the residual stream after the ME layer, with the massive tokens and without. "
         f"Masked blocks: {blocks}; strength {settings['strength']:g}. Perplexity and sinks depend on T, so compare "
-        f"only the same T. {escape(model.name)}, {model.dtype}, fingerprint {model.fingerprint}. Blocks and keys are "
+        f"only the same T. {model.name}, {model.dtype}, fingerprint {model.fingerprint}. Blocks and keys are "
         "0-based.",
         style="dim",
-        highlight=False,
     )
 
 
@@ -41,11 +38,11 @@ def _points(result: SweepResult) -> Table:
     rows = [
         [
             point.selector or "plain",
-            "-" if point.selector is None else f"{point.rate:g}",
+            ABSENT if point.selector is None else f"{point.rate:g}",
             number(point.perplexity, 2),
-            "-" if point.selector is None else f"{result.change(point):+.1%}",
+            ABSENT if point.selector is None else f"{result.change(point):+.1%}",
             f"{point.sink_rate:.1%}",
-            "-" if point.sink_rate_after_me is None else f"{point.sink_rate_after_me:.1%}",
+            percent(point.sink_rate_after_me),
             number(point.cosine_rigid, 4),
             _both(point.rank_attn_in, point.rank_attn_in_without),
             _both(point.rank_block_out, point.rank_block_out_without),
@@ -56,4 +53,4 @@ def _points(result: SweepResult) -> Table:
 
 
 def _both(with_massive: float | None, without: float | None) -> str:
-    return "-" if with_massive is None else f"{with_massive:.1f}/{number(without, 1)}"
+    return ABSENT if with_massive is None else f"{with_massive:.1f}/{number(without, 1)}"
