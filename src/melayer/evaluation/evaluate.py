@@ -28,13 +28,17 @@ from melayer.runs.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from melayer.model.decoder import Decoder
+
 BATCH_SIZE = 16
 
 
 class Variant(Protocol):
     """A mask or one of its comparators."""
 
-    def apply(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> AbstractContextManager[None]:
+    def apply(
+        self, model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = None
+    ) -> AbstractContextManager[None]:
         """The model under it."""
 
 
@@ -69,7 +73,7 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
         limit: Only the first items of each task.
         batch_size: Items answered at once.
         max_length: Tokens of prompt and answer at most; by default the model's positions.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model; by default what it was loaded from.
         store: A directory in which every answer is kept as it is given; a run that was stopped goes on from there.
         progress: Called with (answers given, answers in all).
@@ -96,7 +100,7 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
             benchmark.name: items_of(benchmark, lm, chat=chat, system=system, limit=limit) for benchmark in benchmarks
         }
         store_of_run.check(items)
-        _answer_missing(_Questions(subject, parts, lm, items, variants), store_of_run, progress)
+        _answer_missing(_Questions(subject, lm, items, variants), store_of_run, progress)
     store_of_run.finish(items, list(variants))
     answers = {
         task: {label: {item.key: store_of_run.records[task, label, item.key] for item in found} for label in variants}
@@ -111,7 +115,6 @@ class _Questions:
     """What is asked of whom."""
 
     subject: Subject
-    parts: Mapping[str, str] | None
     lm: Any
     """lm-eval's model class around the model."""
     items: Mapping[str, Sequence[Item]]
@@ -142,7 +145,7 @@ def _answers(asked: _Questions, task: str, batch: Sequence[Item], label: str) ->
     variant, started = asked.variants[label], time.perf_counter()
     with ExitStack() as stack:
         if variant is not None:
-            stack.enter_context(variant.apply(asked.subject.model, parts=asked.parts))
+            stack.enter_context(variant.apply(asked.subject.decoder))
         responses = answer(batch, asked.lm)
     seconds = (time.perf_counter() - started) / len(batch)
     return [
