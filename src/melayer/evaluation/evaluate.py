@@ -4,38 +4,45 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from melayer.errors import InputError
-from melayer.evaluation.harness import answer, batches, harness, items_of, metrics_of
-from melayer.evaluation.result import EvalResult, _result
+from melayer.evaluation.harness import Item, answer, harness, item_batches, items_of, metrics_of
+from melayer.evaluation.result import EvalResult, StoredAnswer
+from melayer.evaluation.scoring import Aggregates, scored
+from melayer.evaluation.settings import EvalSettings, SharedSettings, TaskSettings
 from melayer.evaluation.store import Store
 from melayer.evaluation.tasks import FEWSHOT_SEED, Benchmark
-from melayer.model import wiring
 from melayer.model.hooks import measuring
-from melayer.model.provenance import describe, versions
+from melayer.model.provenance import versions
+from melayer.model.subject import Subject
 from melayer.runs.processes import Group
+from melayer.runs.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from melayer.model.decoder import Decoder
+
 BATCH_SIZE = 16
-Progress = Callable[[int, int], None]
 
 
 class Variant(Protocol):
     """A mask or one of its comparators."""
 
-    def apply(self, model: PreTrainedModel, *, parts: Mapping[str, str] | None = None) -> AbstractContextManager[None]:
+    def apply(
+        self, model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = None
+    ) -> AbstractContextManager[None]:
         """The model under it."""
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     benchmarks: Sequence[Benchmark],
@@ -66,7 +73,7 @@ def evaluate(
         limit: Only the first items of each task.
         batch_size: Items answered at once.
         max_length: Tokens of prompt and answer at most; by default the model's positions.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model; by default what it was loaded from.
         store: A directory in which every answer is kept as it is given; a run that was stopped goes on from there.
         progress: Called with (answers given, answers in all).
@@ -80,68 +87,115 @@ def evaluate(
     """
     if not variants or not benchmarks:
         raise InputError("Nothing to evaluate: give at least one benchmark and one variant.")
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise InputError("The model's tokenizer has no chat template. Leave --chat out, or give a chat model.")
-    if system is not None and chat is False:
-        raise InputError("A system prompt needs the chat template. Leave --no-chat out, or the system prompt.")
-    chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
-    if system is not None and not chat:
-        raise InputError("A system prompt needs a chat template, and the model's tokenizer has none.")
-    decoder = wiring.read(model, parts=parts)
-    asked = {
-        "chat": chat,
-        "system": system,
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "model": describe(decoder, name).to_dict(),
-        "device": model.device.type,
-        "versions": versions() | {"lm_eval": version("lm_eval")},
-    }
-    settings = {
-        "shared": asked,
+    chat = _asks_by_template(tokenizer, chat, system)
+    subject = Subject.of(model, tokenizer, parts=parts, name=name)
+    settings: EvalSettings = {
+        "shared": _shared(subject, chat, system, batch_size, max_length),
         "tasks": {benchmark.name: _described(benchmark, limit) for benchmark in benchmarks},
         "variants": {label: _variant(variant) for label, variant in variants.items()},
     }
-    group = Group.joined(model.device.type)
-    kept = Store.opened(None if store is None else Path(store), settings, group)
+    store_of_run = Store.opened(None if store is None else Path(store), settings, Group.joined(model.device.type))
     with harness(model, tokenizer, batch_size=batch_size, max_length=max_length) as lm, measuring(model):
         items = {
             benchmark.name: items_of(benchmark, lm, chat=chat, system=system, limit=limit) for benchmark in benchmarks
         }
-        kept.check(items)
-        work = [(task, batch) for task, found in items.items() for batch in batches(found, lm)]
-        pairs = [(label, variant) for label, variant in variants.items()]
-        missing = [
-            (task, batch, pair)
-            for (task, batch), pair in itertools.product(work, pairs)
-            if not all((task, pair[0], item.key) in kept.records for item in batch)
-        ]
-        total = sum(len(found) for found in items.values()) * len(pairs)
-        done = total - sum(len(batch) for _, batch, _ in missing)
-        for place, (task, batch, (label, variant)) in enumerate(missing):
-            if place % group.size == group.rank:
-                started = time.perf_counter()
-                with ExitStack() as stack:
-                    if variant is not None:
-                        stack.enter_context(variant.apply(model, parts=parts))
-                    found = answer(batch, lm)
-                seconds = (time.perf_counter() - started) / len(batch)
-                kept.add({"task": task, "variant": label, **asdict(replace(one, seconds=seconds))} for one in found)
-            done += len(batch)
-            if progress is not None:
-                progress(done, total)
-    kept.finish(items, list(variants))
-    aggregates = {
-        (benchmark.name, metric): (lambda values, b=benchmark, m=metric: _aggregate(b, m, values))
+        store_of_run.check(items)
+        _answer_missing(_Questions(subject, lm, items, variants), store_of_run, progress)
+    store_of_run.finish(items, list(variants))
+    answers = {
+        task: {label: {item.key: store_of_run.records[task, label, item.key] for item in found} for label in variants}
+        for task, found in items.items()
+    }
+    prompts = {item.prompt_hash: item.prompt for found in items.values() for item in found}
+    return scored(settings, answers, prompts, _aggregates(benchmarks, settings))
+
+
+@dataclass(frozen=True, eq=False)
+class _Questions:
+    """What is asked of whom."""
+
+    subject: Subject
+    lm: Any
+    """lm-eval's model class around the model."""
+    items: Mapping[str, Sequence[Item]]
+    """By benchmark."""
+    variants: Mapping[str, Variant | None]
+
+
+def _answer_missing(asked: _Questions, store: Store, progress: Progress | None) -> None:
+    """Every batch that a variant has not answered yet, dealt to the processes; answers are kept as they come."""
+    batches = [(task, batch) for task, found in asked.items.items() for batch in item_batches(found, asked.lm)]
+    missing = [
+        (task, batch, label)
+        for (task, batch), label in itertools.product(batches, asked.variants)
+        if not all((task, label, item.key) in store.records for item in batch)
+    ]
+    total = sum(len(found) for found in asked.items.values()) * len(asked.variants)
+    done = total - sum(len(batch) for _, batch, _ in missing)
+    for place, (task, batch, label) in enumerate(missing):
+        if place % store.group.size == store.group.rank:
+            store.add(_answers(asked, task, batch, label))
+        done += len(batch)
+        if progress is not None:
+            progress(done, total)
+
+
+def _answers(asked: _Questions, task: str, batch: Sequence[Item], label: str) -> list[StoredAnswer]:
+    """A batch answered under a variant."""
+    variant, started = asked.variants[label], time.perf_counter()
+    with ExitStack() as stack:
+        if variant is not None:
+            stack.enter_context(variant.apply(asked.subject.decoder))
+        responses = answer(batch, asked.lm)
+    seconds = (time.perf_counter() - started) / len(batch)
+    return [
+        StoredAnswer(
+            task=task,
+            variant=label,
+            item=response.item,
+            prompt=response.prompt,
+            output=response.output,
+            scores=response.scores,
+            tokens=response.tokens,
+            seconds=seconds,
+        )
+        for response in responses
+    ]
+
+
+def _asks_by_template(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system: str | None) -> bool:
+    """Whether to ask through the chat template; by default where there is one."""
+    template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not template:
+        raise InputError("The model's tokenizer has no chat template. Leave --chat out, or give a chat model.")
+    if system is not None and chat is False:
+        raise InputError("A system prompt needs the chat template. Leave --no-chat out, or the system prompt.")
+    if system is not None and not template:
+        raise InputError("A system prompt needs a chat template, and the model's tokenizer has none.")
+    return template if chat is None else chat
+
+
+def _shared(
+    subject: Subject, chat: bool, system: str | None, batch_size: int, max_length: int | None
+) -> SharedSettings:
+    return {
+        "chat": chat,
+        "system": system,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "model": subject.info.to_dict(),
+        "device": subject.model.device.type,
+        "versions": versions() | {"lm_eval": version("lm_eval")},
+    }
+
+
+def _aggregates(benchmarks: Sequence[Benchmark], settings: EvalSettings) -> Aggregates:
+    """lm-eval's own functions from all items' values to a metric."""
+    return {
+        (benchmark.name, metric): partial(_aggregate, benchmark, metric)
         for benchmark in benchmarks
         for metric in settings["tasks"][benchmark.name]["metrics"]
     }
-    prompts = {item.prompt_hash: item.prompt for found in items.values() for item in found}
-    answers = {
-        task: {label: {item.key: kept.records[task, label, item.key] for item in found} for label in variants}
-        for task, found in items.items()
-    }
-    return _result(settings, answers, prompts, aggregates)
 
 
 def _aggregate(benchmark: Benchmark, metric: str, values: list[Any]) -> float:
@@ -149,7 +203,7 @@ def _aggregate(benchmark: Benchmark, metric: str, values: list[Any]) -> float:
     return float(task.aggregation()[metric.partition(",")[0]](values))
 
 
-def _described(benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
+def _described(benchmark: Benchmark, limit: int | None) -> TaskSettings:
     tasks = benchmark.tasks
     first = next(iter(tasks.values()))
     return {

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import InputError
+from melayer.errors import InputError, require_known
+from melayer.evaluation.settings import MetricSettings
 from melayer.evaluation.tasks import FEWSHOT_SEED, Benchmark, quiet
 
 if TYPE_CHECKING:
@@ -40,20 +41,14 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one variant said to one item."""
+class Response:
+    """What one variant said to one item, as `StoredAnswer` holds it."""
 
     item: str
     prompt: str
-    """The hash."""
     output: Any
-    """The text; or for each choice its log-likelihood and whether it is the likeliest text; or the whole text's."""
     scores: dict[str, Any]
-    """For each metric the item's value and size; or lm-eval's own value where the metric is no mean."""
     tokens: int
-    """Generated, or scored."""
-    seconds: float
-    """The batch's time shared out evenly."""
 
 
 @contextmanager
@@ -100,8 +95,7 @@ def items_of(benchmark: Benchmark, lm: Any, *, chat: bool, system: str | None, l
     """
     found = []
     for name, task in benchmark.tasks.items():
-        if task.OUTPUT_TYPE not in _METHODS:
-            raise InputError(f"The task {name} asks by {task.OUTPUT_TYPE}; expected one of {', '.join(_METHODS)}.")
+        require_known(task.OUTPUT_TYPE, _METHODS, f"The task {name} asks by {task.OUTPUT_TYPE}")
         if task.OUTPUT_TYPE == "generate_until":
             longest = int(task.config.generation_kwargs["max_gen_toks"])
             if longest >= lm.max_length:
@@ -130,7 +124,7 @@ def items_of(benchmark: Benchmark, lm: Any, *, chat: bool, system: str | None, l
     return found
 
 
-def batches(items: Sequence[Item], lm: Any) -> list[list[Item]]:
+def item_batches(items: Sequence[Item], lm: Any) -> list[list[Item]]:
     """Batches of items of about the same length, longest first, in the order that lm-eval itself would take."""
 
     def order(item: Item) -> tuple[Any, ...]:
@@ -157,8 +151,8 @@ def batches(items: Sequence[Item], lm: Any) -> list[list[Item]]:
     return made
 
 
-def answer(batch: Sequence[Item], lm: Any) -> list[Answer]:
-    """One batch answered by the model as it is now, and scored; the time is left for the caller to fill in."""
+def answer(batch: Sequence[Item], lm: Any) -> list[Response]:
+    """One batch answered by the model as it is now, and scored."""
     kind = batch[0].requests[0].request_type
     requests = [request for item in batch for request in item.requests]
     outputs = iter(getattr(lm, _METHODS[kind])([copy.copy(request) for request in requests], disable_tqdm=True))
@@ -172,7 +166,7 @@ def answer(batch: Sequence[Item], lm: Any) -> list[Answer]:
             tokens = sum(len(lm._encode_pair(*request.args)[1]) for request in item.requests)
         else:
             tokens = len(lm.tok_encode(item.requests[0].args[0]))
-        found.append(Answer(item.key, item.prompt_hash, output, score(item, said), tokens, 0.0))
+        found.append(Response(item.key, item.prompt_hash, output, score(item, said), tokens))
     return found
 
 
@@ -193,9 +187,9 @@ def score(item: Item, outputs: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def metrics_of(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
+def metrics_of(benchmark: Benchmark) -> dict[str, MetricSettings]:
     """For each metric its kind (`mean`, one of the ratios of log-likelihoods, or `other`), direction and weight."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, MetricSettings] = {}
     for task in benchmark.tasks.values():
         filters = [item.name for item in task._filters]
         for metric, better in task.higher_is_better().items():

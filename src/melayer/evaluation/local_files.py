@@ -17,8 +17,8 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What is needed to read a benchmark from local files."""
+class LocalBenchmark:
+    """A benchmark that can be read from local files."""
 
     task: str
     """lm-eval's name."""
@@ -32,8 +32,8 @@ class _Known:
     cite: str
 
 
-_KNOWN = {
-    "gsm8k": _Known(
+BENCHMARKS = {
+    "gsm8k": LocalBenchmark(
         "gsm8k",
         "gsm8k",
         {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
@@ -41,7 +41,7 @@ _KNOWN = {
         ("exact_match,flexible-extract",),
         "Cobbe et al. 2021, arXiv:2110.14168",
     ),
-    "math500": _Known(
+    "math500": LocalBenchmark(
         "minerva_math500",
         "minerva_math",
         {"test": "math500/test.jsonl"},
@@ -49,7 +49,7 @@ _KNOWN = {
         ("math_verify",),
         "Hendrycks et al. 2021, arXiv:2103.03874; the 500: Lightman et al. 2023, arXiv:2305.20050",
     ),
-    "aime24": _Known(
+    "aime24": LocalBenchmark(
         "aime24",
         "aime",
         {"train": "aime24/train.jsonl"},
@@ -57,7 +57,7 @@ _KNOWN = {
         ("exact_match",),
         "American Invitational Mathematics Examination 2024",
     ),
-    "mmlu": _Known(
+    "mmlu": LocalBenchmark(
         "mmlu",
         "mmlu/default",
         {"test": "mmlu/test.jsonl", "dev": "mmlu/dev.jsonl"},
@@ -65,7 +65,7 @@ _KNOWN = {
         ("acc",),
         "Hendrycks et al. 2021, arXiv:2009.03300",
     ),
-    "ifeval": _Known(
+    "ifeval": LocalBenchmark(
         "ifeval",
         "ifeval",
         {"train": "ifeval/input_data.jsonl"},
@@ -73,7 +73,7 @@ _KNOWN = {
         ("prompt_level_strict_acc",),
         "Zhou et al. 2023, arXiv:2311.07911",
     ),
-    "wikitext2": _Known(
+    "wikitext2": LocalBenchmark(
         "wikitext",
         "wikitext",
         {"test": "wikitext2/wiki.test.raw"},
@@ -81,7 +81,7 @@ _KNOWN = {
         ("word_perplexity",),
         "Merity et al. 2016, arXiv:1609.07843",
     ),
-    "xstest": _Known(
+    "xstest": LocalBenchmark(
         "xstest",
         "",
         {"test": "xstest/xstest_prompts.csv"},
@@ -90,28 +90,35 @@ _KNOWN = {
         "Röttger et al. 2024, arXiv:2308.01263",
     ),
 }
-NAMES = tuple(_KNOWN)
+NAMES = tuple(BENCHMARKS)
 """The benchmarks that can be read from local files; any other task of lm-eval comes from the hub."""
-_ALIASES = {known.task: name for name, known in _KNOWN.items()}
+ALIASES = {benchmark.task: name for name, benchmark in BENCHMARKS.items()}
+"""Our names by lm-eval's."""
 
 
-def _given(rows: Mapping[str, Rows]) -> Callable[..., dict[str, Any]]:
-    """What lm-eval calls instead of reading from the hub."""
+def custom_dataset(splits: Mapping[str, Rows]) -> Callable[..., dict[str, Any]]:
+    """What lm-eval calls instead of reading from the hub: the rows of each split."""
 
-    def splits(**_: Any) -> dict[str, Any]:
+    def made(**_: Any) -> dict[str, Any]:
         import datasets
 
-        return {split: datasets.Dataset.from_list(items) for split, items in rows.items()}
+        return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
 
-    return splits
-
-
-# --- from local files ----------------------------------------------------------------------------------------------
+    return made
 
 
-def _read(name: str, known: _Known, data: Path) -> dict[str, Rows]:
-    splits = {}
-    for split, file in known.files.items():
+def read_splits(name: str, data: Path) -> dict[str, Rows]:
+    """The rows of a benchmark's files.
+
+    Args:
+        name: One of `NAMES`.
+        data: The directory above its files.
+
+    Raises:
+        InputError: A file is missing, cannot be read or holds no items, or a row lacks a field.
+    """
+    benchmark, splits = BENCHMARKS[name], {}
+    for split, file in benchmark.files.items():
         path = data / file
         try:
             text = path.read_text(encoding="utf-8")
@@ -123,11 +130,11 @@ def _read(name: str, known: _Known, data: Path) -> dict[str, Rows]:
         if not rows:
             raise InputError(f"{path} holds no items.")
         for place, row in enumerate(rows):
-            missing = [field for field in known.fields if field not in row]
+            missing = [field for field in benchmark.fields if field not in row]
             if missing:
                 raise InputError(
                     f"Row {place} of {path} has no field {missing[0]!r}: it has {', '.join(map(str, row))}. "
-                    f"{name} needs {', '.join(known.fields)}."
+                    f"{name} needs {', '.join(benchmark.fields)}."
                 )
         splits[split] = rows
     return splits
@@ -173,10 +180,14 @@ def documents(text: str) -> list[str]:
     return ["".join(lines) for lines in found]
 
 
-def _by_task(name: str, known: _Known, splits: Mapping[str, Rows]) -> dict[str, dict[str, Rows]]:
-    """For each of lm-eval's tasks its splits; no splits where they come from the hub."""
+def splits_by_task(name: str, splits: Mapping[str, Rows]) -> dict[str, dict[str, Rows]]:
+    """For each of lm-eval's tasks its splits; no splits where they come from the hub.
+
+    Raises:
+        InputError: A subject of MMLU has no solved examples.
+    """
     if name != "mmlu" or not splits:
-        return {known.task: dict(splits)}
+        return {BENCHMARKS[name].task: dict(splits)}
     subjects = dict.fromkeys(row["subject"] for row in splits["test"])
     shots = {row["subject"] for row in splits["dev"]}
     for subject in subjects:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from melayer.errors import OutputError
+from melayer.runs import atomic
 from melayer.runs.cache import cache_directory
 
-# --- IFEval's sentence splitter ------------------------------------------------------------------------------------
+_LAST = "ortho_context.tab"
+"""The file that is written last: where it is, all are."""
 
 
 def provide_punkt() -> None:
@@ -24,12 +23,13 @@ def provide_punkt() -> None:
 
     root = cache_directory() / "nltk"
     try:
-        nltk.data.find("tokenizers/punkt_tab/english/")
+        nltk.data.find(f"tokenizers/punkt_tab/english/{_LAST}")
         return
     except LookupError:
-        nltk.data.path.append(str(root))
+        if str(root) not in nltk.data.path:
+            nltk.data.path.append(str(root))
     target = root / "tokenizers" / "punkt_tab" / "english"
-    if target.is_dir():
+    if (target / _LAST).is_file():
         return
     from punkt.data import english
 
@@ -37,20 +37,12 @@ def provide_punkt() -> None:
         "abbrev_types.txt": [*sorted(english.ABBREV_TYPES)],
         "sent_starters.txt": [*sorted(english.SENT_STARTERS)],
         "collocations.tab": [f"{first}\t{second}" for first, second in sorted(english.COLLOCATIONS)],
-        "ortho_context.tab": [f"{word}\t{flags}" for word, flags in sorted(english.ORTHO_CONTEXT.items())],
+        _LAST: [f"{word}\t{flags}" for word, flags in sorted(english.ORTHO_CONTEXT.items())],
     }
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".english-") as temporary:
-            made = Path(temporary) / "english"
-            made.mkdir()
+        with atomic.staged(target, last=_LAST) as staged:
             for name, lines in files.items():
-                (made / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            try:
-                made.rename(target)
-            except OSError:
-                if not target.is_dir():  # else another process was faster
-                    raise
+                (staged / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise OutputError(
             f"The sentence model for IFEval cannot be written to {target}: {error.strerror}. Free some space there."

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypedDict
 
-from melayer.numerics import paired
+from melayer.evaluation.settings import EvalSettings
 from melayer.numerics.paired import Comparison
 from melayer.version import __version__
 
-if TYPE_CHECKING:
-    pass
+
+class StoredAnswer(TypedDict):
+    """What one variant said to one item, as a line of the store holds it."""
+
+    task: str
+    variant: str
+    item: str
+    prompt: str
+    """Its hash."""
+    output: Any
+    """The text; or for each choice its log-likelihood and whether it is the likeliest text; or the whole text's."""
+    scores: dict[str, Any]
+    """For each metric the item's value and size; or lm-eval's own value where the metric is no mean."""
+    tokens: int
+    """Generated, or scored."""
+    seconds: float
+    """The batch's time shared out evenly."""
+
+
+Answers = Mapping[str, Mapping[str, Mapping[str, StoredAnswer]]]
+"""[task][variant][item]."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +95,13 @@ class Chosen:
 class EvalResult:
     """What `evaluate` found, or `compare_runs`."""
 
-    settings: dict[str, Any]
-    """`shared`, `tasks` and `variants`."""
+    settings: EvalSettings
     scores: tuple[Score, ...]
     changes: tuple[Change, ...]
     notes: tuple[str, ...] = ()
     chosen: tuple[Chosen, ...] = ()
-    answers: Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-    """[task][variant][item] the stored answer; not part of `to_dict()`."""
+    answers: Answers = field(default_factory=dict, compare=False, repr=False)
+    """Not part of `to_dict()`."""
     prompts: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """[prompt hash] the prompt, for a report; empty for stored runs, and not part of `to_dict()`."""
 
@@ -129,118 +144,10 @@ class EvalResult:
         metrics = {one.metric for one in self.changes if one.primary and one.task == change.task}
         return change.task if len(metrics) < 2 else f"{change.task} {change.metric}"
 
-    def flips(self, change: Change) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    def flips(self, change: Change) -> Iterator[tuple[str, StoredAnswer, StoredAnswer]]:
         """The items on which a comparison's variants differ: (item, the base's answer, the other's)."""
         base, other = self.answers[change.task][change.base], self.answers[change.task][change.variant]
         for item in base:
             values = [answers[item]["scores"].get(change.metric) for answers in (base, other)]
             if None not in values and values[0] != values[1]:
                 yield item, base[item], other[item]
-
-
-# --- figures from answers ------------------------------------------------------------------------------------------
-
-_Answers = Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]
-_Aggregates = Mapping[tuple[str, str], Callable[[list[Any]], float]]
-
-
-def _result(
-    settings: dict[str, Any], answers: _Answers, prompts: Mapping[str, str], aggregates: _Aggregates
-) -> EvalResult:
-    scores, changes, notes = [], [], []
-    for task, by_variant in answers.items():
-        base = next(iter(by_variant))
-        for metric, about in settings["tasks"][task]["metrics"].items():
-            for label, rows in by_variant.items():
-                score = _score(task, metric, about, label, rows, aggregates)
-                if score is not None:
-                    scores.append(score)
-            if about["kind"] == "other":
-                notes.append(f"{metric} of {task} is no mean over items, so its variants are not compared in pairs.")
-                continue
-            for label in list(by_variant)[1:]:
-                change = _change(task, metric, about, base, label, by_variant)
-                if change is not None:
-                    changes.append(change)
-        notes += _cut_off(task, settings["tasks"][task]["generation"], by_variant)
-    judged = paired.holm([change.comparison for change in changes if change.primary])
-    corrected = iter(judged)
-    changes = [replace(one, comparison=next(corrected)) if one.primary else one for one in changes]
-    return EvalResult(settings, tuple(scores), tuple(changes), tuple(notes), (), answers, prompts)
-
-
-def _cut_off(
-    task: str, generation: Mapping[str, Any] | None, by_variant: Mapping[str, Mapping[str, dict[str, Any]]]
-) -> list[str]:
-    """A note where answers ended because they were not allowed to be longer."""
-    if generation is None:
-        return []
-    limit = generation["max_gen_toks"]
-    # The text's tokens are counted anew, and may come to a few less than were generated.
-    long = {label: sum(row["tokens"] >= 0.95 * limit for row in rows.values()) for label, rows in by_variant.items()}
-    if not any(long.values()):
-        return []
-    n = len(next(iter(by_variant.values())))
-    counts = ", ".join(f"{count} under {label}" for label, count in long.items())
-    return [f"Answers to {task} of at least 95 % of the {limit} tokens allowed, of {n}: {counts}."]
-
-
-def _score(
-    task: str,
-    metric: str,
-    about: Mapping[str, Any],
-    label: str,
-    rows: Mapping[str, dict[str, Any]],
-    aggregates: _Aggregates,
-) -> Score | None:
-    if about["kind"] == "other":
-        values = [row["scores"][metric] for row in rows.values() if metric in row["scores"]]
-        aggregate = aggregates.get((task, metric))
-        if aggregate is None or not values:
-            return None
-        return Score(task, metric, label, float(aggregate(values)), None, None, len(values), "other", about["primary"])
-    pairs = _pairs(rows, rows, metric)
-    if not pairs:
-        return None
-    low = high = None
-    if about["kind"] == "mean" and all(value in (0, 1) and size == 1 for value, size in pairs):
-        share = paired.wilson(int(sum(value for value, _ in pairs)), len(pairs))
-        low, high = share.low, share.high
-    return Score(
-        task, metric, label, _value(about["kind"], pairs), low, high, len(pairs), about["kind"], about["primary"]
-    )
-
-
-def _change(
-    task: str,
-    metric: str,
-    about: Mapping[str, Any],
-    base: str,
-    label: str,
-    by_variant: Mapping[str, Mapping[str, dict[str, Any]]],
-) -> Change | None:
-    before, after = (_pairs(by_variant[one], by_variant[one], metric) for one in (base, label))
-    if not before:
-        return None
-    comparison = paired.compare(
-        [value for value, _ in before],
-        [value for value, _ in after],
-        [size for _, size in before],
-        # A log-likelihood is better the higher it is, whatever its perplexity.
-        higher_is_better=about["higher_is_better"] or about["kind"] != "mean",
-    )
-    return Change(task, metric, label, base, about["kind"], about["primary"], comparison)
-
-
-def _pairs(rows: Mapping[str, dict[str, Any]], keys: Iterable[str], metric: str) -> list[tuple[float, float]]:
-    """Value and size of each item that has the metric: one on safe prompts says nothing about unsafe ones."""
-    return [tuple(rows[key]["scores"][metric]) for key in keys if metric in rows[key]["scores"]]
-
-
-def _value(kind: str, pairs: Sequence[tuple[float, float]]) -> float:
-    if not pairs:
-        return math.nan
-    mean = math.fsum(value for value, _ in pairs) / math.fsum(size for _, size in pairs)
-    if kind == "mean":
-        return mean
-    return -mean / math.log(2) if kind == "bits_per_byte" else math.exp(-mean)

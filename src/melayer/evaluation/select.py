@@ -6,15 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from melayer.errors import InputError
-from melayer.evaluation.result import Chosen, EvalResult, _change, _pairs, _result, _value
+from melayer.evaluation.result import Chosen, EvalResult, StoredAnswer
+from melayer.evaluation.scoring import change_of, scored, together, values_of
+from melayer.evaluation.settings import EvalSettings
 from melayer.evaluation.store import Store, file_of, order_of
 from melayer.numerics import paired
-
-if TYPE_CHECKING:
-    pass
 
 
 def select(result: EvalResult, *, on: str, report_on: str, allow_same_items: bool = False) -> EvalResult:
@@ -34,7 +33,7 @@ def select(result: EvalResult, *, on: str, report_on: str, allow_same_items: boo
     """
     tasks, base = result.settings["tasks"], next(iter(result.settings["variants"]))
     chosen = []
-    kept: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    kept: dict[str, dict[str, dict[str, StoredAnswer]]] = {}
     for task, by_variant in result.answers.items():
         first, second = split(task, list(by_variant[base]), on, report_on, allow_same_items)
         shared = set(first) & set(second)
@@ -43,15 +42,15 @@ def select(result: EvalResult, *, on: str, report_on: str, allow_same_items: boo
         for metric, about in tasks[task]["metrics"].items():
             if not about["primary"] or about["kind"] == "other" or not others:
                 continue
-            values = {label: _value(about["kind"], _pairs(by_variant[label], first, metric)) for label in others}
+            values = {label: together(about["kind"], values_of(by_variant[label], first, metric)) for label in others}
             rising = about["higher_is_better"]
             best = max(others, key=lambda label: values[label] if rising else -values[label])
-            change = _change(task, metric, about, base, best, kept[task])
+            change = change_of(task, metric, about, base, best, kept[task])
             if change is not None:
                 chosen.append(Chosen(task, metric, best, len(first), values[best], bool(shared), change))
     adjusted = paired.holm([one.change.comparison for one in chosen])
     chosen = [replace(one, change=replace(one.change, comparison=c)) for one, c in zip(chosen, adjusted, strict=True)]
-    found = _result(result.settings, kept, result.prompts, {})
+    found = scored(result.settings, kept, result.prompts)
     note = f"Chosen on the items {on}, judged on {report_on}; all figures are of {report_on}."
     if any(one.same_items for one in chosen):
         note += " Chosen and judged by the same items, as was asked for: the gain of a chosen variant is too good."
@@ -101,13 +100,13 @@ def compare_runs(first: str | Path, second: str | Path) -> EvalResult:
     runs = [Store.read(file_of(Path(where))) for where in (first, second)]
     tasks = {name: about for name, about in runs[0][0]["tasks"].items() if name in runs[1][0]["tasks"]}
     names = [str(Path(where)) for where in (first, second)]
-    answers: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    answers: dict[str, dict[str, dict[str, StoredAnswer]]] = {}
     variants: dict[str, Any] = {}
     notes = []
     for task in tasks:
-        found: dict[str, dict[str, dict[str, Any]]] = {}
-        for name, (settings, records) in zip(names, runs, strict=True):
-            for label, about in settings["variants"].items():
+        found: dict[str, dict[str, StoredAnswer]] = {}
+        for name, (of, records) in zip(names, runs, strict=True):
+            for label, about in of["variants"].items():
                 rows = {key[2]: record for key, record in records.items() if key[:2] == (task, label)}
                 if rows:
                     found[f"{label} ({name})"] = rows
@@ -125,9 +124,12 @@ def compare_runs(first: str | Path, second: str | Path) -> EvalResult:
             f"{names[0]} and {names[1]} have no items in common that were asked in the same words. "
             "Give runs of the same tasks and chat settings."
         )
-    settings = {"shared": {"runs": {name: run[0]["shared"] for name, run in zip(names, runs, strict=True)}}}
-    settings |= {"tasks": {task: tasks[task] for task in answers}, "variants": variants}
-    result = _result(settings, answers, {}, {})
+    settings: EvalSettings = {
+        "shared": {"runs": {name: of["shared"] for name, (of, _) in zip(names, runs, strict=True)}},
+        "tasks": {task: tasks[task] for task in answers},
+        "variants": variants,
+    }
+    result = scored(settings, answers, {})
     return replace(result, notes=(*result.notes, *notes))
 
 

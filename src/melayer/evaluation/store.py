@@ -11,6 +11,8 @@ from typing import Any
 
 from melayer.errors import InputError
 from melayer.evaluation.harness import Item
+from melayer.evaluation.result import StoredAnswer
+from melayer.evaluation.settings import EvalSettings, SharedSettings
 from melayer.runs import jsonl
 from melayer.runs.processes import Group
 
@@ -25,12 +27,12 @@ class Store:
     """The answers, in memory and, a line each, in a file; beside the first process each one has a file of its own."""
 
     path: Path | None
-    settings: dict[str, Any]
+    settings: EvalSettings
     group: Group
-    records: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    records: dict[Key, StoredAnswer] = field(default_factory=dict)
 
     @classmethod
-    def opened(cls, directory: Path | None, settings: dict[str, Any], group: Group) -> Store:
+    def opened(cls, directory: Path | None, settings: EvalSettings, group: Group) -> Store:
         """What the directory holds of these settings.
 
         Raises:
@@ -53,7 +55,7 @@ class Store:
                 store.records |= records
         with jsonl.keeping("answers", main):
             if group.rank == 0:
-                jsonl.replace(main, [{"eval_of": store.settings}, *store.records.values()])
+                jsonl.replace(main, itertools.chain([{"eval_of": store.settings}], store.records.values()))
                 for file in files:
                     if file != main:
                         file.unlink()
@@ -65,7 +67,7 @@ class Store:
         return store
 
     @staticmethod
-    def read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
+    def read(path: Path) -> tuple[EvalSettings, dict[Key, StoredAnswer]]:
         """The settings and the answers of a file."""
         with jsonl.keeping("answers", path):
             lines = jsonl.whole_lines(path)
@@ -83,24 +85,26 @@ class Store:
             ) from error
         return settings, records
 
-    def _agree(self, kept: dict[str, Any], file: Path) -> None:
+    def _agree(self, kept: EvalSettings, file: Path) -> None:
         """Old answers are used only where all that they depend on is the same; other tasks and variants stay."""
         old, new = (_without_name(settings["shared"]) for settings in (kept, self.settings))
         differing = sorted(key for key in old | new if old.get(key) != new.get(key))
-        for part in ("tasks", "variants"):
-            mine = self.settings[part]
+        own = self.settings
+        for part, old_part, new_part in (
+            ("task", kept["tasks"], own["tasks"]),
+            ("variant", kept["variants"], own["variants"]),
+        ):
             differing += [
-                f"{part[:-1]} {name}"
-                for name, about in kept[part].items()
-                if _chosen(mine.get(name, about)) != _chosen(about)
+                f"{part} {name}"
+                for name, about in old_part.items()
+                if _chosen(new_part.get(name, about)) != _chosen(about)
             ]
         if differing:
             raise InputError(
                 f"{file} holds answers of another run: {', '.join(differing)} "
                 f"differ{'s' if len(differing) == 1 else ''}. Give another place, or remove it."
             )
-        for part in ("tasks", "variants"):
-            self.settings[part] = {**kept[part], **self.settings[part]}
+        own["tasks"], own["variants"] = {**kept["tasks"], **own["tasks"]}, {**kept["variants"], **own["variants"]}
 
     def check(self, items: Mapping[str, Sequence[Item]]) -> None:
         """Raises InputError where a kept answer is to another question."""
@@ -111,7 +115,7 @@ class Store:
                     f"The stored answer to {key} is to another question. Give another place, or remove it."
                 )
 
-    def add(self, records: Iterable[dict[str, Any]]) -> None:
+    def add(self, records: Iterable[StoredAnswer]) -> None:
         """Keeps a batch, on the disk before the next one begins."""
         records = [json.loads(json.dumps(record)) for record in records]
         if self.path is not None:
@@ -137,7 +141,7 @@ class Store:
             self.path.unlink()
 
 
-def _without_name(shared: Mapping[str, Any]) -> dict[str, Any]:
+def _without_name(shared: SharedSettings) -> dict[str, Any]:
     """The same weights may lie elsewhere: they are told by their fingerprint."""
     model = {key: value for key, value in shared["model"].items() if key != "name"}
     return {**shared, "model": model}
@@ -148,7 +152,7 @@ def _chosen(about: Any) -> Any:
     return {key: value for key, value in about.items() if value is not None} if isinstance(about, dict) else about
 
 
-def key_of(record: Mapping[str, Any]) -> Key:
+def key_of(record: StoredAnswer) -> Key:
     """What an answer is found by."""
     return record["task"], record["variant"], record["item"]
 

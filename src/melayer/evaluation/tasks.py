@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from melayer.errors import InputError, first_line
-from melayer.evaluation.local_files import _ALIASES, _KNOWN, NAMES, _by_task, _given, _read
+from melayer.evaluation.local_files import ALIASES, BENCHMARKS, NAMES, custom_dataset, read_splits, splits_by_task
 from melayer.evaluation.punkt import provide_punkt
-from melayer.evaluation.xstest import _xstest
+from melayer.evaluation.xstest import xstest_task
 from melayer.runs.cache import sha256_of
 
 
@@ -64,27 +64,23 @@ def load_tasks(
     Example:
         >>> load_tasks(["ifeval"], data="data")  # doctest: +SKIP
     """
-    asked = list(dict.fromkeys(_ALIASES.get(name, name) for name in names))
-    if not asked:
+    names = list(dict.fromkeys(ALIASES.get(name, name) for name in names))
+    if not names:
         raise InputError(f"No tasks were given; expected some of {', '.join(NAMES)}, or names of lm-eval's tasks.")
     _check_installed()
     if data is not None and not Path(data).is_dir():
         raise InputError(f"There is no directory {data}. Give the one that holds the benchmarks' files.")
     with quiet():
-        others = [name for name in asked if name not in _KNOWN]
-        _check_names(others)
-        found = tuple(
-            _known(name, None if data is None else Path(data), fewshot) if name in _KNOWN else _other(name, fewshot)
-            for name in asked
+        _check_names([name for name in names if name not in BENCHMARKS])
+        benchmarks = tuple(
+            _known(name, None if data is None else Path(data), fewshot) if name in BENCHMARKS else _other(name, fewshot)
+            for name in names
         )
-    for task in (task for benchmark in found for task in benchmark.tasks.values()):
+    for task in (task for benchmark in benchmarks for task in benchmark.tasks.values()):
         if task.OUTPUT_TYPE == "generate_until":
             own = (task.config.generation_kwargs or {}).get("max_gen_toks", ANSWER_TOKENS)
             task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens or own}, update=True)
-    return found
-
-
-# --- from lm-eval --------------------------------------------------------------------------------------------------
+    return benchmarks
 
 
 def _check_installed() -> None:
@@ -97,25 +93,25 @@ def _check_installed() -> None:
 
 
 def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
-    known = _KNOWN[name]
+    known = BENCHMARKS[name]
     local = data is not None and any((data / file).exists() for file in known.files.values())
     if data is not None and not local and name != "aime24":
         file = next(iter(known.files.values()))
         raise InputError(
             f"{name} is to be read from {data}, but {data / file} is missing. Add it, or leave --data out."
         )
-    splits = {} if not local or data is None else _read(name, known, data)
+    splits = {} if not local or data is None else read_splits(name, data)
     if name == "ifeval":
         provide_punkt()
     overrides: dict[str, Any] = {} if fewshot is None else {"num_fewshot": fewshot}
     if name == "xstest":
-        tasks = {"xstest": _xstest(splits)}
+        tasks = {"xstest": xstest_task(splits)}
     else:
         children = []
-        for task, rows in _by_task(name, known, splits).items():
+        for task, rows in splits_by_task(name, splits).items():
             child = {"task": task, **overrides}
             if rows:
-                child |= {"custom_dataset": _given(rows), "dataset_kwargs": None}
+                child |= {"custom_dataset": custom_dataset(rows), "dataset_kwargs": None}
                 # Splits that nothing is taken from, but that lm-eval would look for.
                 unused = {"training_split": "train", "validation_split": "validation"}
                 child |= {key: None for key, split in unused.items() if split not in rows}
@@ -143,7 +139,7 @@ def _loaded(children: Sequence[dict[str, Any]], folder: str | None) -> dict[str,
     name = children[0]["task"]
     try:
         return dict(manager.load({"group": "melayer", "task": list(children)})["tasks"])
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError, OSError) as error:
+    except (datasets.exceptions.DatasetNotFoundError, OSError) as error:
         raise InputError(
             f"The items of {name} cannot be had from the hub ({first_line(error).rstrip('.')}). Check the network, or "
             f"give --data DIR with local files, which {', '.join(NAMES)} can be read from."

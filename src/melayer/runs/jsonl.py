@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def mend(path: Path) -> list[str]:
     return lines
 
 
-def append(path: Path, values: Iterable[dict[str, Any]]) -> None:
+def append(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines and waits until they are on the disk."""
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(_line(value) for value in values))
@@ -37,7 +37,7 @@ def append(path: Path, values: Iterable[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def replace(path: Path, values: Iterable[dict[str, Any]]) -> None:
+def replace(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Writes a file anew; a reader sees the old lines or the new ones, never a part."""
     atomic.write_text(path, "".join(_line(value) for value in values))
 
@@ -55,5 +55,5 @@ def _whole(content: bytes) -> int:
     return content.rfind(b"\n") + 1
 
 
-def _line(value: dict[str, Any]) -> str:
+def _line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, allow_nan=False) + "\n"

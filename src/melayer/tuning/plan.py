@@ -55,7 +55,7 @@ def planned(subject: Subject, data: Any, job: TrainingJob, row_options: RowOptio
     Warns:
         MelayerWarning: Rows are left out.
     """
-    mask = None if job.mask is None else job.mask.fixed(subject.model, parts=job.parts)
+    mask = None if job.mask is None else job.mask.fixed(subject.decoder)
     given = training_config.read(Path(job.config)) if isinstance(job.config, (str, Path)) else job.config or {}
     given = training_config.check(job.method, given, masked=mask is not None)
     config = training_config.resolve(

@@ -112,12 +112,11 @@ def _trained(plan: Plan, checkpoint: Checkpoint | None) -> tuple[int, list[str]]
 
 def _masked(plan: Plan, stack: ExitStack) -> nn.Module | None:
     """Masks the policy, and makes the reference, masked as was asked for; None where the policy itself is it."""
-    job, model = plan.job, plan.subject.model
-    reference = copy.deepcopy(model) if plan.reference is not None and plan.adapter is None else None
+    reference = copy.deepcopy(plan.subject.model) if plan.reference is not None and plan.adapter is None else None
     if plan.mask is not None:
-        stack.enter_context(plan.mask.apply(model, parts=job.parts, when=_policy_runs(plan)))
+        stack.enter_context(plan.mask.apply(plan.subject.decoder, when=_policy_runs(plan)))
         if reference is not None and plan.reference == "masked":
-            stack.enter_context(plan.mask.apply(reference, parts=job.parts))
+            stack.enter_context(plan.mask.apply(reference, parts=plan.job.parts))
     return reference
 
 

@@ -59,7 +59,7 @@ def sft(  # noqa: PLR0913 - public: all that a run is asked for
         system: A system prompt for prompts that are strings.
         seed: Of everything random.
         resume: Go on from the newest checkpoint in `out`.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model; an adapter is loaded onto the model of that name.
         progress: Called with the steps done, the steps in all and the figures of the last step.
 
@@ -127,7 +127,7 @@ def dpo(  # noqa: PLR0913 - public: all that a run is asked for
         system: A system prompt for prompts that are strings.
         seed: Of everything random.
         resume: Go on from the newest checkpoint in `out`.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model.
         progress: As for `sft`.
 
@@ -200,7 +200,7 @@ def grpo(  # noqa: PLR0913 - public: all that a run is asked for
         system: A system prompt for prompts that are strings.
         seed: Of everything random.
         resume: Go on from the newest checkpoint in `out`.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model.
         progress: As for `sft`.
 
