@@ -37,7 +37,7 @@ os.environ.setdefault("PYENV_VERSION", ":".join(sorted(path.name for path in pye
 def tests(session: nox.Session, dependencies: str) -> None:
     """The tests, and a record of the versions and of what passed; fails where a test failed."""
     wheels = [f"--only-binary={name}" for name in COMPILED]
-    session.install(f"--resolution={RESOLUTIONS[dependencies]}", *wheels, ".[dev]")
+    session.install(f"--resolution={RESOLUTIONS[dependencies]}", *wheels, ".[test]")
     session.install("--no-deps", "--requirement", DEMO)
     junit = Path(session.create_tmp(), "junit.xml")
     junit.unlink(missing_ok=True)

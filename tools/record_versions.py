@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import torch
 
 # What development alone needs decides nothing about what melayer runs with.
-LEFT_OUT = "dev"
+LEFT_OUT = ("dev", "test")
 
 
 def versions() -> dict[str, str]:
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
     for requirement in importlib.metadata.requires("melayer") or []:
         specification, _, marker = requirement.partition(";")
         name = re.match(r"[\w.-]+", specification)
-        if name and f'"{LEFT_OUT}"' not in marker.replace("'", '"'):
+        if name and not any(f'"{extra}"' in marker.replace("'", '"') for extra in LEFT_OUT):
             found[name[0]] = importlib.metadata.version(name[0])
     return found
 

@@ -48,7 +48,7 @@ def requirements() -> dict[str, tuple[Requirement, str]]:
     """What melayer asks for, by name: the requirement and the extra that it belongs to (empty for the core)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = {"": project["dependencies"], **project["optional-dependencies"]}
-    del groups["dev"]
+    del groups["dev"], groups["test"]
     found: dict[str, tuple[Requirement, str]] = {}
     for extra, lines in groups.items():
         for requirement in map(Requirement, lines):
