@@ -114,7 +114,7 @@ def child(contender: str, length: int) -> dict[str, float]:
     while len(ids := tokenizer(text)["input_ids"]) < length:
         text = f"{text}\n\n{text}"
     # Cut the text so that it has exactly the tokens wanted, for every contender.
-    text = tokenizer.decode(ids[:length])
+    text = str(tokenizer.decode(ids[:length]))
     while len(kept := tokenizer(text)["input_ids"]) < length:
         text += " and"
     tokens = torch.tensor([kept[:length]])

@@ -26,6 +26,7 @@ from melayer.interventions.mask import WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.model import wiring
 from melayer.model.decoder import Decoder
+from melayer.model.forward import embedding_weight
 from melayer.model.provenance import describe
 from melayer.numerics.grids import FORMATS, Format
 from melayer.runs.processes import Group
@@ -318,8 +319,8 @@ class _Worker:
             variants = 0 if not self.formats else 1 if self.mask is None else 2
             shape = (variants, len(self.linear), len(self.formats), len(KINDS))
             widths = [len(found) for found in observed.dim_maxima]
-            vocabulary = self.decoder.model.get_input_embeddings().weight.shape[0]
-            state.censuses[category] = Census.empty(self.places, widths, self.decoder.n_layers, int(vocabulary), shape)
+            vocabulary = embedding_weight(self.decoder.model).shape[0]
+            state.censuses[category] = Census.empty(self.places, widths, self.decoder.n_layers, vocabulary, shape)
         census = state.censuses[category]
         census.add(observed, windows, self.criterion.min_tokens)
         massive: NDArray[np.bool_] = np.asarray(observed.massive.any(axis=0))

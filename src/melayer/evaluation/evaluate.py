@@ -97,7 +97,7 @@ def evaluate(
         "device": model.device.type,
         "versions": versions() | {"lm_eval": version("lm_eval")},
     }
-    settings = {
+    settings: dict[str, Any] = {
         "shared": asked,
         "tasks": {benchmark.name: _described(benchmark, limit) for benchmark in benchmarks},
         "variants": {label: _variant(variant) for label, variant in variants.items()},

@@ -13,6 +13,7 @@ from melayer.data.rows import Row, encode
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
 from melayer.model.decoder import Decoder
+from melayer.model.forward import embedding_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ def _prefix(
         if bos and tokenizer.bos_token_id is None:
             raise InputError("This tokenizer has no begin-of-sequence token. Give a prefix, or leave the choice to it.")
         return [] if bos is False or tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    ids, size = [int(token) for token in given], decoder.model.get_input_embeddings().weight.shape[0]
+    ids, size = [int(token) for token in given], embedding_weight(decoder.model).shape[0]
     for token in ids:
         if not 0 <= token < size:
             raise InputError(f"The prefix has id {token}, but the model has tokens 0 to {size - 1}.")

@@ -44,7 +44,7 @@ class _NothingLeft(Exception):  # noqa: N818 - no error
     """All steps were done before."""
 
 
-class _Run(TrainerCallback):  # type: ignore[misc]
+class _Run(TrainerCallback):
     """Keeps the log, reports progress, and puts back what a checkpoint holds of the trainer itself."""
 
     def __init__(self, trainer: _WholeMixin) -> None:

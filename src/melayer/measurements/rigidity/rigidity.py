@@ -19,7 +19,7 @@ from melayer.measurements.locate.result import LocateResult
 from melayer.measurements.rigidity.result import EffectiveRank, RigidityResult
 from melayer.model import hooks, wiring
 from melayer.model.decoder import Decoder
-from melayer.model.forward import forward
+from melayer.model.forward import embedding_weight, forward
 from melayer.model.provenance import ModelInfo, describe, require_same_model
 from melayer.runs.progress import Progress
 
@@ -180,7 +180,7 @@ def _drawn(tokenizer: PreTrainedTokenizerBase, decoder: Decoder, n: int, seed: i
             "causality: it sees only itself. Give at least 2, or ask for that case with fixed_first_token=True."
         )
     left_out = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    embedded = int(decoder.model.get_input_embeddings().weight.shape[0])
+    embedded = embedding_weight(decoder.model).shape[0]
     usable = sorted({token for token in tokenizer.get_vocab().values() if token < embedded} - left_out)
     if n > len(usable):
         raise InputError(

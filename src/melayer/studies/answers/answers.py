@@ -12,6 +12,7 @@ import torch
 from melayer.errors import InputError
 from melayer.interventions.mask import WeMask
 from melayer.model import hooks, wiring
+from melayer.model.forward import input_device
 from melayer.model.provenance import ModelInfo, describe
 from melayer.version import __version__
 
@@ -118,7 +119,7 @@ def answers(
             streamer = None if stream is None else _Pieces(tokenizer, place, side, stream)
             with hooks.measuring(model), mask.apply(model) if side == "masked" else nullcontext():
                 ids[side] = _generate(model, tokenizer, row, max_new_tokens, temperature, seed, streamer)
-        plain, masked = (tokenizer.decode(ids[side], skip_special_tokens=True) for side in sides)
+        plain, masked = (str(tokenizer.decode(ids[side], skip_special_tokens=True)) for side in sides)
         found.append(Answer(prompt, len(row), plain, masked, _difference(ids["plain"], ids["masked"])))
     return AnswersResult(
         model=describe(decoder, name),
@@ -153,7 +154,7 @@ def _generate(
     seed: int,
     streamer: Any,
 ) -> list[int]:
-    ids = torch.tensor([row], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([row], device=input_device(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling: dict[str, Any] = {"do_sample": bool(temperature), "temperature": temperature or None}
     if not temperature:
@@ -161,7 +162,8 @@ def _generate(
         sampling |= {"top_p": None, "top_k": None}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        out = model.generate(
+        generate: Any = model.generate  # whose type PreTrainedModel does not have
+        out = generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
