@@ -373,7 +373,7 @@ def normalised(text: str, roots: list[tuple[str, str]]) -> str:
 def around_difference(one: Any, other: Any) -> tuple[str, str]:
     """Two values as they are shown; of long texts the part in which they differ first."""
     if isinstance(one, str) and isinstance(other, str) and max(len(one), len(other)) > 100:
-        begins = max(0, len(os.path.commonprefix([one, other])) - 30)
+        begins = max(0, next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0) - 30)
         if begins:
             return f"...{short(one[begins:])}", f"...{short(other[begins:])}"
     return short(one), short(other)

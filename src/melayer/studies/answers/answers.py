@@ -80,7 +80,7 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
             streamer = None if stream is None else TextPieces(tokenizer, place, side, stream)
             with hooks.measuring(model), mask.apply(subject.decoder) if side == "masked" else nullcontext():
                 ids[side] = _generate(subject, row, decoding, streamer)
-        plain, masked = (tokenizer.decode(ids[side], skip_special_tokens=True) for side in SIDES)
+        plain, masked = (str(tokenizer.decode(ids[side], skip_special_tokens=True)) for side in SIDES)
         pairs.append(AnswerPair(prompt, len(row), plain, masked, first_difference(ids["plain"], ids["masked"])))
     return AnswersResult(
         model=subject.info,
@@ -157,7 +157,8 @@ def _generate(subject: Subject, row: list[int], decoding: _Decoding, streamer: T
         sampling |= {"top_p": None, "top_k": None}
     with torch.random.fork_rng():
         torch.manual_seed(decoding.seed)
-        out = model.generate(
+        generate: Any = model.generate  # whose type PreTrainedModel does not have
+        out = generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=decoding.max_new_tokens,
