@@ -31,8 +31,7 @@ $(VENV)/dev-installed: $(VENV)/core-installed
 demo-model: $(VENV)/demo-installed
 
 demo: demo-model
-	$(BIN)/melayer locate demo
-	$(BIN)/melayer report demo --out demo-report
+	$(BIN)/melayer demo --out demo-report
 
 # One thread for each worker: with more, the workers' threads wait for one another most of the time. A worker that has
 # nothing left takes the last tests of another, so that those of one file stay together as far as can be.

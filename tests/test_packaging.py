@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import melayer
+from melayer.loading import demo
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -66,7 +67,5 @@ def test_the_citation_is_of_this_version():
 
 
 def test_the_demo_model_is_the_one_that_the_package_names():
-    from melayer import models
-
     lines = (ROOT / "tools" / "demo-requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if not line.startswith("#")] == [models.DEMO_PACKAGE]
+    assert [line for line in lines if not line.startswith("#")] == [demo.DEMO_PACKAGE]
