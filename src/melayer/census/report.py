@@ -76,10 +76,10 @@ def section(result: ScanResult) -> Section:
 
 def _bars(part: Part) -> Plot:
     rows = [row for row in part.by_site() if row.max_abs is not None]
-    above = [row.max_abs or 0.0 for row in rows]
-    down = [above - row.interval[0] if row.interval else 0.0 for above, row in zip(above, rows, strict=True)]
+    maxima = [row.max_abs or 0.0 for row in rows]
+    down = [top - row.interval[0] if row.interval else 0.0 for top, row in zip(maxima, rows, strict=True)]
     names = [row.site if row.layer is None else f"{row.site} {row.layer}" for row in rows]
-    bars = figures.bar(names, rounded(above, 6), BLUE, template=hover("%{x}: %{y:,.4g}"))
+    bars = figures.bar(names, rounded(maxima, 6), BLUE, template=hover("%{x}: %{y:,.4g}"))
     bars["error_y"] = figures.whiskers([0] * len(rows), rounded(down, 4))
     fp16 = figures.horizontal(FP16_MAX, stroke(VERMILLION, dash="dash", width=1.5))
     largest = max(rows, key=lambda row: row.max_abs or 0.0)
@@ -98,7 +98,7 @@ def _bars(part: Part) -> Plot:
             [bars],
             axis("site, with the block that holds its largest value", automargin=True),
             axis("max |x| (log scale)", type="log"),
-            {"shapes": [fp16] if max(above, default=0.0) > FP16_MAX / 100 else []},
+            {"shapes": [fp16] if max(maxima, default=0.0) > FP16_MAX / 100 else []},
         ),
     )
 
