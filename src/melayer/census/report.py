@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from melayer.census.result import Part, PlaceRow, ScanResult
 
 
+FP16_MAX = 65504
+_PERCENT = {"tickvals": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "tickformat": ".1%"}
+_PALETTE = (BLUE, VERMILLION, ORANGE, GREY)
+_KIND_COLOURS = {"tensor": VERMILLION, "tensor without massive": BLUE, "token": GREY}
+"""What shares a scale, in the order in which it is drawn."""
+
+
 def write_scan_report(result: ScanResult, out: str | Path, *, command: str | None = None) -> Written:
     """Writes a scan's `report.html` and `report.json` into `out`; each appears whole or not at all.
 
@@ -50,13 +57,6 @@ def write_scan_report(result: ScanResult, out: str | Path, *, command: str | Non
     ]
     page = Page(model.name, [section(result)], result.notes, facts, {"scan": result.to_dict()})
     return write_page(page, out, command=command)
-
-
-FP16_MAX = 65504
-_PERCENT = {"tickvals": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "tickformat": ".1%"}
-_PALETTE = (BLUE, VERMILLION, ORANGE, GREY)
-_KIND_COLOURS = {"tensor": VERMILLION, "tensor without massive": BLUE, "token": GREY}
-"""What shares a scale, in the order in which it is drawn."""
 
 
 def section(result: ScanResult) -> Section:

@@ -15,6 +15,8 @@ from melayer.presentation.page import Page, Written, versions_fact, write_page
 from melayer.presentation.sections import Plot, Section, Table
 from melayer.quantisation.result import TREATMENTS, QuantCheckResult, Setting, Treatment, shown
 
+_COLOURS = dict(zip(TREATMENTS, (GREY, BLUE, ORANGE, VERMILLION), strict=True))
+
 
 def write_quant_report(result: QuantCheckResult, out: str | Path, *, command: str | None = None) -> Written:
     """Writes a quantisation check's `report.html` and `report.json` into `out`; each appears whole or not at all.
@@ -40,9 +42,6 @@ def write_quant_report(result: QuantCheckResult, out: str | Path, *, command: st
     ]
     page = Page(model.name, [section(result)], result.notes, facts, {"quant_check": result.to_dict()})
     return write_page(page, out, command=command)
-
-
-_COLOURS = dict(zip(TREATMENTS, (GREY, BLUE, ORANGE, VERMILLION), strict=True))
 
 
 def section(result: QuantCheckResult) -> Section:
