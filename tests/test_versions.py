@@ -53,14 +53,15 @@ def test_a_session_that_was_not_run_is_said(versions_page, tmp_path, monkeypatch
         json.dumps(
             {
                 "python": "3.11.7", "dependencies": "oldest", "machine": "Linux x86_64, CPU", "date": "2026-11-25",
-                "selection": ["tests/test_locate.py"], "passed": 1234, "failed": 1, "skipped": 5,
+                "selection": ["-m", "not demo", "tests/test_locate.py"], "passed": 1234, "failed": 1, "skipped": 5,
                 "failures": ["tests.test_locate::test_it"], "seconds": 60, "packages": {"torch": "2.13.0+cpu"},
             }
         )
     )  # fmt: skip
     lines = versions_page.page().splitlines()
-    row = "| 3.11.7 | oldest | `tests/test_locate.py` | 1,234 | 1 | 5 | Linux x86_64, CPU | 2026-11-25 |"
+    row = "| 3.11.7 | oldest | part 1 | 1,234 | 1 | 5 | Linux x86_64, CPU | 2026-11-25 |"
     assert row in lines
+    assert "Part 1 is what `nox -- -m 'not demo' tests/test_locate.py` runs." in lines
     assert "- Python 3.11.7, oldest dependencies: `tests.test_locate::test_it` failed." in lines
     assert "| 3.12 | newest | not run |  |  |  |  |  |" in lines
     assert "| torch | 2.13.0 | 2.13.0 |" in lines

@@ -6,7 +6,9 @@ python tools/versions_page.py --check    # exit code 1 where the page is not wha
 
 import json
 import re
+import shlex
 import sys
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,18 +77,27 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def wrapped(text: str) -> str:
+    """A paragraph within 120 columns."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
 def page() -> str:
     """The page as text."""
     records = read_records()
     by_session = {(record["python"].rpartition(".")[0], record["dependencies"]): record for record in records}
     rows: list[tuple[str, ...]] = []
+    parts: dict[str, int] = {}
     for python in pythons():
         for dependencies in DEPENDENCIES:
             record = by_session.get((python, dependencies))
             if record is None:
                 rows.append((python, dependencies, "not run", "", "", "", "", ""))
                 continue
-            ran = "all" if not record["selection"] else f"`{' '.join(record['selection'])}`"
+            ran = "all"
+            if record["selection"]:
+                command = shlex.join(record["selection"])
+                ran = f"part {parts.setdefault(command, len(parts) + 1)}"
             counts = tuple(f"{record[key]:,}" for key in ("passed", "failed", "skipped"))
             rows.append((record["python"], dependencies, ran, *counts, record["machine"], record["date"]))
     head = ("Python", "dependencies", "tests", "passed", "failed", "skipped", "on", "day")
@@ -105,6 +116,7 @@ def page() -> str:
         [
             HEAD,
             table(head, rows),
+            *(wrapped(f"Part {number} is what `nox -- {command}` runs.") for command, number in parts.items()),
             *(["".join(failures)] if failures else []),
             "The oldest and the newest version of each package in these runs:\n",
             table(("package", "oldest", "newest"), packages),
