@@ -461,9 +461,9 @@ def _check_identities(
     ffn_out = value(calls[roles["ffn_post_norm"] or ffn].returned) if ffn else torch.zeros_like(block_in)
     if not all(torch.isfinite(t).all() for t in (block_in, attn_out, ffn_out, block_out)):
         return 1.0  # Weights that give NaN cannot be checked; locate reports them.
-    # Each sum is rounded a few times in the model's own dtype.
+    # Each sum is rounded a few times in the model's own dtype, and each value in float32 above.
     assert whole.returned is not None
-    eps = 8 * torch.finfo(whole.returned.dtype).eps
+    eps = 8 * max(torch.finfo(of).eps for of in (whole.returned.dtype, torch.float32))
     size = block_in.abs() + attn_out.abs() + ffn_out.abs()
     mid = None if parallel or ffn is None else value(calls[roles["ffn_norm"] or ffn].read)
     multiplier = float(getattr(config, "residual_multiplier", None) or 1.0)
