@@ -13,9 +13,7 @@ from melayer.census.counts import Census
 from melayer.census.observe import Place
 from melayer.census.result import Loss, MassiveToken, Part, PlaceRow, ScanResult
 from melayer.census.rounding_error import KINDS
-from melayer.evaluation.result import Change as ScoreChange
-from melayer.evaluation.result import Chosen, EvalResult
-from melayer.evaluation.result import Score as TaskScore
+from melayer.evaluation.result import Change, Chosen, EvalResult, Score
 from melayer.interventions.mask import WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.explain.result import (
@@ -47,12 +45,12 @@ from melayer.quantisation.result import (
     Difference,
     Elsewhere,
     InputRow,
+    PerplexityScore,
     Prefix,
     QuantCheckResult,
-    Score,
     Setting,
 )
-from melayer.studies.answers.answers import Answer, AnswersResult
+from melayer.studies.answers.result import AnswerPair, AnswersResult
 from melayer.studies.contrast.contrast import ContrastResult, Figure, Measured
 from melayer.studies.sweep.result import SweepPoint, SweepResult
 from melayer.tuning.result import TuneResult
@@ -266,7 +264,7 @@ def answered() -> AnswersResult:
         MODEL,
         {},
         mask,
-        (Answer(HOSTILE, 3, "yes", "yes", None), Answer("Why?", 2, f"because {HOSTILE}", "no", 1)),
+        (AnswerPair(HOSTILE, 3, "yes", "yes", None), AnswerPair("Why?", 2, f"because {HOSTILE}", "no", 1)),
     )
 
 
@@ -361,13 +359,14 @@ def quantised(*, formats: tuple[str, ...] = ("int8", "int4")) -> QuantCheckResul
     rows = []
     for format in formats:
         broken = format == "int4"
-        plain = Score(None, None, ()) if broken else Score(3.0, 20.09, (3.0,))
+        plain = PerplexityScore(None, None, ()) if broken else PerplexityScore(3.0, 20.09, (3.0,))
         cost = None if broken else Difference(1.0, 0.5, 1.5)
         gain = None if broken else Difference(-0.75, -1.0, -0.5)
         rows += [
             Setting(format, "per-tensor", "plain", plain, cost, None, None, (0.5, None), (0.1, 0.1)),
             Setting(
-                format, "per-tensor", "baked", Score(2.25, 9.49, (2.25,)), Difference(0.25, None, None), gain, None,
+                format, "per-tensor", "baked", PerplexityScore(2.25, 9.49, (2.25,)), Difference(0.25, None, None), gain,
+                None,
                 (0.01, 0.125), (0.1, 0.1),
             ),
         ]  # fmt: skip
@@ -389,8 +388,8 @@ def quantised(*, formats: tuple[str, ...] = ("int8", "int4")) -> QuantCheckResul
         n_predicted=56,
         prefix=Prefix((7,), (HOSTILE,), (True,)),
         elsewhere={"calibration": Elsewhere(0, 45), "evaluation": Elsewhere(1, 60)},
-        unquantised=Score(2.0, 7.39, (2.0,)),
-        unquantised_mask=Score(2.0, 7.4, (2.0,)),
+        unquantised=PerplexityScore(2.0, 7.39, (2.0,)),
+        unquantised_mask=PerplexityScore(2.0, 7.4, (2.0,)),
         inputs=(InputRow(0, ("self_attn.q_proj",), 8), InputRow(1, (HOSTILE,), 8)),
         rows=tuple(rows),
         notes=(f"A note on {HOSTILE}.",),
@@ -405,15 +404,15 @@ def evaluated(*, compared: bool = True) -> EvalResult:
     accuracy = Comparison(40, 0.5, 0.525, 0.025, -0.05, 0.1, 0.95, 2, 1, 37, 1.0, "mcnemar", 1.0)
     losses = Comparison(9, -2.0, -2.5, -0.5, -0.75, -0.25, 0.95, 0, 9, 0, 0.004, "flips", 0.008)
     changes = (
-        ScoreChange("gsm8k", "exact_match", HOSTILE, "plain", "mean", True, accuracy),
-        ScoreChange("wikitext2", "word_perplexity", HOSTILE, "plain", "word_perplexity", True, losses),
+        Change("gsm8k", "exact_match", HOSTILE, "plain", "mean", True, accuracy),
+        Change("wikitext2", "word_perplexity", HOSTILE, "plain", "word_perplexity", True, losses),
     )
     scores = [
-        TaskScore("gsm8k", "exact_match", variant, value, value - 0.15, value + 0.15, 40, "mean", True)
+        Score("gsm8k", "exact_match", variant, value, value - 0.15, value + 0.15, 40, "mean", True)
         for variant, value in (("plain", 0.5), (HOSTILE, 0.525))
     ]
     scores += [
-        TaskScore("wikitext2", "word_perplexity", variant, value, None, None, 9, "word_perplexity", True)
+        Score("wikitext2", "word_perplexity", variant, value, None, None, 9, "word_perplexity", True)
         for variant, value in (("plain", 7.389), (HOSTILE, 12.1825))
     ]
 

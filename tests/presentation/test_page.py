@@ -2,8 +2,6 @@
 
 import json
 import re
-import resource
-import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -109,24 +107,14 @@ def test_trying_leaves_nothing_but_the_directory(tmp_path):
 
 
 @pytest.mark.parametrize(("limit", "name"), [(100, "report.json"), (30_000, "report.html")])
-def test_a_full_disk_keeps_the_old_report(limit, name, tmp_path, python):
+def test_a_full_disk_keeps_the_old_report(limit, name, tmp_path, room):
     write_page(PAGE, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    interpreter, environment = python
-    code = (
-        "import signal, test_page\nfrom melayer.errors import OutputError\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"try: test_page.write_page(test_page.PAGE, {str(tmp_path)!r})\n"
-        "except OutputError as error: print(error)"
-    )
-    paths = [str(Path(__file__).parent), environment.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [interpreter, "-B", "-c", code],
-        env={**environment, "PYTHONPATH": ":".join(paths)},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert f"{tmp_path / name} cannot be written: File too large. " in done.stdout, done.stderr
-    assert "Free some space or give another directory with --out." in done.stdout
+    room(limit)
+    with pytest.raises(
+        OutputError,
+        match=f"{name} cannot be written: File too large. Free some space or give another directory with --out.",
+    ):
+        write_page(PAGE, tmp_path)
+    room(None)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -173,15 +173,16 @@ def test_families(family):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_the_batch_does_not_matter(model, result):
-    alone = measured(model, formats=["int8"], max_batch_tokens=1)
+def test_the_batch_does_not_matter():
+    # In float64: in float32 another order of additions takes a value across the edge of a step.
+    model = model_of("llama", dtype=torch.float64)
+    together, alone = (measured(model, formats=["int8"], max_batch_tokens=size) for size in (2048, 1))
     for row in alone.rows:
-        same = result.find(row.format, row.granularity, row.treatment)
-        # Another order of additions may move a value across the edge of a step.
-        assert row.score.by_sequence == pytest.approx(same.score.by_sequence, abs=2e-3)
+        same = together.find(row.format, row.granularity, row.treatment)
+        assert row.score.by_sequence == pytest.approx(same.score.by_sequence, abs=1e-5)
     for of, steps in alone.calibrated.items():
-        for one, other in zip(steps, result.calibrated[of], strict=True):
-            assert torch.allclose(one, other, rtol=1e-5)
+        for one, other in zip(steps, together.calibrated[of], strict=True):
+            assert torch.allclose(one, other, rtol=1e-6)
 
 
 def test_half_precision():

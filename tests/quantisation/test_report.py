@@ -10,7 +10,7 @@ import hand_made
 from hand_made import HOSTILE
 from melayer.presentation.figures import label
 from melayer.quantisation.report import section, write_quant_report
-from melayer.quantisation.result import Score
+from melayer.quantisation.result import PerplexityScore
 from rendering import checked
 
 CHANGES = "What baking and the mask change (each interval stands alone: of twenty one leaves out 0 by chance)"
@@ -75,7 +75,7 @@ def test_one_format_needs_no_menu_and_no_treatment_no_table_of_changes():
 
 
 def test_an_unquantised_model_that_is_not_finite_has_no_line():
-    result = dataclasses.replace(hand_made.quantised(), unquantised=Score(None, None, ()))
+    result = dataclasses.replace(hand_made.quantised(), unquantised=PerplexityScore(None, None, ()))
     plot = checked(section(result))["quant-perplexity"]
     assert plot.figure["layout"]["shapes"] == []
     assert plot.figure["data"][0]["error_y"]["array"] == [None]

@@ -59,7 +59,8 @@ def test_it_is_the_model_whose_linear_maps_round(family, granularity):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_row_does_not_depend_on_its_neighbours(granularity):
-    model = model_of("qwen3")
+    # In float64: in float32 another order of additions takes a value across the edge of a step.
+    model = model_of("qwen3", dtype=torch.float64)
     decoder = wiring.read(model)
     found = find_linear_inputs(decoder).inputs
     steps = maxima(decoder, found, rows(), flags(), max_batch_tokens=2048).scales("int8", granularity, left_out=False)

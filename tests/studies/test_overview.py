@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import children
 import melayer
 import small_benchmarks
 import toys
@@ -169,6 +170,7 @@ def chromium():
 
 def opened(chromium, path, **options):
     context = chromium.new_context(offline=True, **options)
+    context.set_default_timeout(1000 * children.PATIENCE)
     page = context.new_page()
     problems: list[str] = []
     page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
@@ -179,7 +181,7 @@ def opened(chromium, path, **options):
         lambda r: None if r.url.startswith((path.as_uri(), "data:", "blob:")) else problems.append(r.url),
     )
     page.goto(path.as_uri())
-    page.wait_for_selector("body[data-drawn=yes]", timeout=60_000)
+    page.wait_for_selector("body[data-drawn=yes]")
     return page, problems
 
 
@@ -208,11 +210,14 @@ def test_the_plots_are_drawn_offline_and_without_errors(chromium, page, scheme, 
     assert tab.locator("#plot-sinks-rate .scatterlayer path.js-line").count() == 4
     # The switch: one trace is drawn, and another one after a click.
     assert tab.locator("#plot-sweep-heads .heatmaplayer image").count() == 1
-    before = tab.locator("#plot-sweep-heads .heatmaplayer image").get_attribute("href")
+    image = "#plot-sweep-heads .heatmaplayer image"
+    before = tab.locator(image).get_attribute("href")
     tab.locator("#plot-sweep-heads .updatemenu-header").click()
     tab.locator("#plot-sweep-heads .updatemenu-dropdown-button").nth(2).click()
-    tab.wait_for_timeout(500)
-    assert tab.locator("#plot-sweep-heads .heatmaplayer image").get_attribute("href") != before
+    tab.wait_for_function(
+        "([image, before]) => ![null, undefined, before].includes(document.querySelector(image)?.getAttribute('href'))",
+        arg=[image, before],
+    )
     # The page itself never scrolls sideways; wide tables do so in their own box.
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     ink = tab.evaluate("getComputedStyle(document.querySelector('#plot-magnitudes .xtitle')).fill")
