@@ -107,7 +107,7 @@ def test_bad_places(given, data, toy_directory, tmp_path):
 
 
 def test_options_have_the_defaults_of_the_functions():
-    options, evaluate, load_tasks = map(defaults, (cli.eval_command, melayer.evaluate, melayer.load_tasks))
+    options, evaluate, load_tasks = map(defaults, (cli.evaluation.eval_command, melayer.evaluate, melayer.load_tasks))
     assert {name: options[name] for name in ("chat", "system", "batch_size", "max_length")}.items() <= evaluate.items()
     assert options["items"] == evaluate["limit"]
     assert {name: options[name] for name in ("data", "fewshot", "max_new_tokens")} == {

@@ -62,7 +62,7 @@ def test_what_does_not_go_with_frugal_is_said(toy_directory, options, message):
 
 def test_options_have_the_names_and_defaults_of_the_function():
     for command in ("locate", "explain", "rigidity", "sinks", "sweep", "report"):
-        options = defaults(getattr(cli, f"{command}_command"))
+        options = defaults(getattr(cli.measuring, f"{command}_command"))
         assert vars(Criterion()).items() <= options.items()
         load = defaults(melayer.load)
         for name in ("dtype", "device", "device_map", "allow_pickle", "trust_remote_code", "revision", "mask"):
@@ -76,7 +76,7 @@ def test_options_have_the_names_and_defaults_of_the_function():
             elsewhere |= {"rates", "selectors", "layers"}  # text: the next test reads their defaults
         for name in function.keys() - elsewhere:
             assert options[name] == function[name], (command, name)
-    report, locate = defaults(cli.report_command), defaults(cli.locate_command)
+    report, locate = defaults(cli.measuring.report_command), defaults(cli.measuring.locate_command)
     frugal, streamed = defaults(melayer.locate_frugal), {"frugal", "stop_early"}
     assert {name: report[name] for name in locate.keys() - streamed} == {n: locate[n] for n in locate.keys() - streamed}
     for name in frugal.keys() - {"name", "texts", "parts", "criterion", "progress"}:
@@ -84,7 +84,7 @@ def test_options_have_the_names_and_defaults_of_the_function():
 
 
 def test_the_default_grid_is_that_of_the_function():
-    function, options = defaults(melayer.sweep), defaults(cli.sweep_command)
+    function, options = defaults(melayer.sweep), defaults(cli.measuring.sweep_command)
     assert rates_of(options["rates"]) == list(function["rates"])
     assert tuple(options["selectors"].split(",")) == function["selectors"]
     assert options["layers"] is function["layers"] is None

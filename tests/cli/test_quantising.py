@@ -38,7 +38,7 @@ FEW = (
 
 
 def test_options_have_the_names_and_defaults_of_the_function():
-    options = defaults(cli.quant_check_command)
+    options = defaults(cli.quantising.quant_check_command)
     assert vars(Criterion()).items() <= options.items()
     function = defaults(melayer.quant_check)
     # Lists are text on the command line, and texts are files.

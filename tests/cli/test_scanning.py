@@ -27,7 +27,7 @@ def corpus(tmp_path_factory):
 
 
 def test_options_have_the_names_and_defaults_of_the_function():
-    options = defaults(cli.scan_command)
+    options = defaults(cli.scanning.scan_command)
     assert vars(Criterion()).items() <= options.items()
     function = defaults(scan)
     # Lists are text on the command line; the mask has options of its own; the store is --out.

@@ -6,20 +6,7 @@ from typing import Annotated
 
 import typer
 
-from melayer.cli.demo import demo_command
-from melayer.cli.evaluation import compare_command, eval_command
-from melayer.cli.generating import generate_command
-from melayer.cli.measuring import (
-    explain_command,
-    locate_command,
-    report_command,
-    rigidity_command,
-    sinks_command,
-    sweep_command,
-)
-from melayer.cli.quantising import quant_check_command
-from melayer.cli.scanning import scan_command
-from melayer.cli.tuning import contrast_command, tune_app
+from melayer.cli import demo, evaluation, generating, measuring, quantising, scanning, tuning
 from melayer.version import __version__
 
 app = typer.Typer(
@@ -47,20 +34,10 @@ def _root(
     """Find, explain, measure and relax massive activations in language models."""
 
 
-app.command("demo")(demo_command)
-app.command("locate")(locate_command)
-app.command("explain")(explain_command)
-app.command("rigidity")(rigidity_command)
-app.command("sinks")(sinks_command)
-app.command("sweep")(sweep_command)
-app.command("report")(report_command)
-app.command("generate")(generate_command)
-app.command("eval")(eval_command)
-app.command("compare")(compare_command)
-app.command("quant-check")(quant_check_command)
-app.command("contrast")(contrast_command)
-app.command("scan")(scan_command)
-app.add_typer(tune_app, name="tune")
+# In the order of the help.
+for group in (demo, measuring, generating, evaluation, quantising, tuning, scanning):
+    app.add_typer(group.commands)
+app.add_typer(tuning.tune_app, name="tune")
 
 
 def main() -> None:

@@ -13,7 +13,10 @@ from melayer.cli.options import Options, StoredOptions, flat
 from melayer.cli.output import answer, require_writable
 from melayer.cli.session import load, stderr
 
+commands = typer.Typer()
 
+
+@commands.command("demo")
 @flat
 def demo_command(
     out: Annotated[Path, typer.Option(help="Directory for report.html and report.json.")] = Path("demo-report"),

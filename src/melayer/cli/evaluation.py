@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from melayer.evaluation.tasks import Benchmark
     from melayer.interventions.load import Loaded
 
+commands = typer.Typer()
+
 COMPARATORS = ("set-zero", "set-mean", "flat-gamma", "cap-write", "remove-neurons")
 
 
+@commands.command("eval")
 @flat
 def eval_command(  # noqa: PLR0913 - one parameter an option
     model: Model,
@@ -117,6 +120,7 @@ def eval_command(  # noqa: PLR0913 - one parameter an option
         _print(result, options.output.as_json, out)
 
 
+@commands.command("compare")
 @flat
 def compare_command(
     first: Annotated[Path, typer.Argument(help="A directory that `eval --out` wrote.", show_default=False)],

@@ -24,7 +24,10 @@ from melayer.cli.output import answer
 from melayer.cli.parsing import blocks_of
 from melayer.cli.session import load
 
+commands = typer.Typer()
 
+
+@commands.command("generate")
 @flat
 def generate_command(  # noqa: PLR0913 - one parameter an option
     model: Model,

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from melayer.measurements.locate.result import LocateResult
 
 
+commands = typer.Typer()
+
+
+@commands.command("locate")
 @flat
 def locate_command(
     model: Model,
@@ -65,6 +69,7 @@ def locate_command(
     _measure("Locating", locate, show_locate, model, arguments, options)
 
 
+@commands.command("explain")
 @flat
 def explain_command(
     model: Model,
@@ -92,6 +97,7 @@ def explain_command(
     _measure("Explaining", explain, show_explain, model, arguments, options, blocks)
 
 
+@commands.command("rigidity")
 @flat
 def rigidity_command(
     model: Model,
@@ -116,6 +122,7 @@ def rigidity_command(
     _measure("Measuring rigidity", rigidity, show_rigidity, model, arguments, options)
 
 
+@commands.command("sinks")
 @flat
 def sinks_command(
     model: Model,
@@ -135,6 +142,7 @@ def sinks_command(
     _measure("Measuring sinks", sinks, show_sinks, model, arguments, options)
 
 
+@commands.command("sweep")
 @flat
 def sweep_command(  # noqa: PLR0913 - one parameter an option
     model: Model,
@@ -172,6 +180,7 @@ def sweep_command(  # noqa: PLR0913 - one parameter an option
     answer(options.output.as_json, result.to_dict, lambda to: show_sweep(result, to), written)
 
 
+@commands.command("report")
 @flat
 def report_command(
     model: Model,

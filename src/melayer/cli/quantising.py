@@ -14,7 +14,10 @@ from melayer.cli.parsing import blocks_of, items_of, layers_of
 from melayer.cli.session import load, progress
 from melayer.errors import InputError
 
+commands = typer.Typer()
 
+
+@commands.command("quant-check")
 @flat
 def quant_check_command(  # noqa: PLR0913 - one parameter an option
     model: Model,

@@ -13,7 +13,10 @@ from melayer.cli.output import answer, command_line, require_writable
 from melayer.cli.parsing import blocks_of, items_of
 from melayer.cli.session import load, own_device, progress, stopped_by_term
 
+commands = typer.Typer()
 
+
+@commands.command("scan")
 @flat
 def scan_command(  # noqa: PLR0913 - one parameter an option
     model: Model,

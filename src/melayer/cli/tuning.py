@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from melayer.studies.contrast.result import Measured
     from melayer.tuning.rows import Method
 
+commands = typer.Typer()
+
 tune_app = typer.Typer(
     help="Fine-tune with the mask on, wherever the policy runs: SFT, DPO, GRPO.", no_args_is_help=True
 )
@@ -75,6 +77,7 @@ def grpo_command(
     _tune("grpo", model, data, out, options, reference=reference, instruction=instruction)
 
 
+@commands.command("contrast")
 @flat
 def contrast_command(
     before: Annotated[str, typer.Argument(help="A model, as for the other commands.", show_default=False)],
