@@ -1,15 +1,22 @@
 """What the contracts on imports (`lint-imports`, in `make lint`) cannot say: one place for hooks, light imports."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 
 import melayer
+from melayer import cli
 
 SOURCE = Path(melayer.__file__).parent
+ROOT = Path(__file__).parent.parent
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 SOURCES = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")}
 
 
@@ -64,3 +71,33 @@ def test_no_package_has_a_public_name():
     # Importing a package of the same name would put it in the function's place.
     packages = {path.stem for path in SOURCE.iterdir() if path.is_dir() or path.suffix == ".py"}
     assert not packages & set(melayer.__all__)
+
+
+MEASUREMENTS = sorted(path.parent.name for path in (SOURCE / "measurements").glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_a_measurement_is_one_folder_and_three_shared_places(name):
+    """What CONTRIBUTING.md asks of one, for every folder that there is."""
+    package = f"melayer.measurements.{name}"
+    verb = importlib.import_module(f"{package}.{name}")
+    result = importlib.import_module(f"{package}.result")
+    public = {public for public in melayer.__all__ if getattr(melayer, public) in vars(result).values()}
+    assert getattr(melayer, name) is getattr(verb, name)
+    assert callable(getattr(verb, f"{name}_on"))
+    assert any(hasattr(getattr(melayer, found), "to_dict") for found in public), "no public result"
+    assert callable(importlib.import_module(f"{package}.report").section)
+    assert callable(getattr(importlib.import_module(f"{package}.table"), f"show_{name}"))
+    assert importlib.import_module(package).__doc__
+    commands = typer.main.get_command(cli.app).commands
+    assert name in commands
+    assert (ROOT / "docs" / f"{name}.md").exists()
+    assert f"`melayer {name} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_layers_drawn_are_the_layers_held():
+    (contract,) = [of for of in tomllib.loads(PYPROJECT)["tool"]["importlinter"]["contracts"] if of["type"] == "layers"]
+    drawn = re.search(r"```text\n(cli\n.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    layers = [re.split(r" {2,}", line)[0] for line in drawn.splitlines()]
+    assert layers == [layer.strip("()") for layer in contract["layers"]]
+    assert not any("ignore_imports" in of for of in tomllib.loads(PYPROJECT)["tool"]["importlinter"]["contracts"])
