@@ -245,6 +245,18 @@ def test_an_ffn_that_returns_something_else_has_no_neurons():
     assert experts(text, 1.0) == ()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen3_next"])
+def test_neurons_that_do_not_write_what_was_recorded_are_none(family):
+    text = on_text(planted(family))
+    ffn = text.block.ffn
+    raw = text.activations["ffn_raw"]
+    assert read_neurons(text.alone, ffn, AT, text.activations) is not None
+    # In one small dimension by a thousandth of the largest.
+    other = raw.clone()
+    other[AT, 20] += 1e-3 * raw[AT].abs().max()
+    assert read_neurons(text.alone, ffn, AT, {**text.activations, "ffn_raw": other}) is None
+
+
 def test_weights_that_are_elsewhere_are_not_read():
     model = planted("llama")
     text = on_text(model)

@@ -100,5 +100,5 @@ def holding_of(rows: Sequence[Row], summaries: Mapping[int, SequenceSummary]) ->
 
     Where a row holds a NaN or an infinity, nothing is said of it: then it does not.
     """
-    found = [summaries[row.index] for row in rows]
-    return np.stack([(summary.n_massive[1:] > 0) & (summary.n_non_finite[1:] == 0) for summary in found])
+    in_order = [summaries[row.index] for row in rows]
+    return np.stack([(summary.n_massive[1:] > 0) & (summary.n_non_finite[1:] == 0) for summary in in_order])
