@@ -160,11 +160,11 @@ def _read(directory: Path) -> float:
 def _locate(contender: str, directory: Path, length: int) -> float:
     # Imported by name: what is loaded lazily would else be loaded, and timed, where it is first used.
     import accelerate  # noqa: F401
-    import melayer.frugal
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
     from transformers.utils import logging
 
     import melayer
+    import melayer.measurements.locate.frugal
 
     logging.disable_progress_bar()
     words = [[f"w{3 + (17 * text + 31 * place) % 190}" for place in range(length - 1)] for text in range(8)]

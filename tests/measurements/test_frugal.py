@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import melayer
 import toys
 from melayer.errors import InputError, ModelError
-from melayer.loading import checkpoint, shards, streaming
+from melayer.loading import shards, streaming
 from melayer.measurements.locate import frugal
 
 CONTEXT = toys.text(20, x_at=4, seed=1)
@@ -23,7 +24,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "frugal.py"
 @pytest.fixture
 def _toy_tokenizer(monkeypatch):
     """Some families have a tokenizer class that makes its own of the toys' file."""
-    monkeypatch.setattr(checkpoint, "_read_tokenizer", lambda source, options: toys.tokenizer())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: toys.tokenizer())
 
 
 def saved(directory, family="llama", *, writes=((3, 7, 3000.0),), dtype=torch.float32, **options):
