@@ -169,24 +169,24 @@ class MaskHooks:
         if self.when is not None and not self.when():
             self.call = None
             return
-        given = self.signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        arguments = self.signature.bind_partial(*args, **kwargs).arguments
+        arguments = {**arguments, **arguments.get("kwargs", {})}
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise InputError("The model was called without input_ids and inputs_embeds, so nothing can be masked.")
         # By what it can do: transformers 5.24 renamed the argument from past_key_values to cache, and takes both.
-        cache = next((value for value in given.values() if hasattr(value, "get_seq_length")), None)
-        found = positions(
+        cache = next((value for value in arguments.values() if hasattr(value, "get_seq_length")), None)
+        at = positions(
             (tokens.shape[0], tokens.shape[1]),
-            attention_mask=given.get("attention_mask"),
-            position_ids=given.get("position_ids"),
+            attention_mask=arguments.get("attention_mask"),
+            position_ids=arguments.get("position_ids"),
             past=0 if cache is None else int(cache.get_seq_length()),
             device=tokens.device,
         )
-        self.call = _Call((tokens.shape[0], tokens.shape[1]), found)
-        if self.masking.target == "first" and found.first is not None:
-            rows, columns = found.first.nonzero(as_tuple=True)
+        self.call = _Call((tokens.shape[0], tokens.shape[1]), at)
+        if self.masking.target == "first" and at.first is not None:
+            rows, columns = at.first.nonzero(as_tuple=True)
             self.call.places = (rows, columns) if len(rows) else None
 
     def _recognise(self, hidden: torch.Tensor) -> None:
@@ -228,8 +228,8 @@ class MaskHooks:
         assert call.places is not None
         if call.places[0].device != x.device:
             call.places = (call.places[0].to(x.device), call.places[1].to(x.device))
-        taken = x[call.places]
-        return x.index_put(call.places, taken * self._factors(layer, taken))
+        states = x[call.places]
+        return x.index_put(call.places, states * self._factors(layer, states))
 
     def _factors(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """1 - strength * m for these tokens [..., d_model]: [d_model], or one row for each."""

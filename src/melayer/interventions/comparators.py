@@ -98,11 +98,11 @@ class SetMassive(_AtOneBlock):
         at = _me_layer(located)
         if to not in ("zero", "mean"):
             raise InputError(f"to is {to!r}; expected zero or mean.")
-        found: dict[int, list[float]] = {}
+        by_dim: dict[int, list[float]] = {}
         for scalar in located.massive:
             if scalar.layer == at:
-                found.setdefault(scalar.dim, []).append(scalar.value)
-        values = tuple((dim, float(np.mean(of)) if to == "mean" else 0.0) for dim, of in sorted(found.items()))
+                by_dim.setdefault(scalar.dim, []).append(scalar.value)
+        values = tuple((dim, float(np.mean(of)) if to == "mean" else 0.0) for dim, of in sorted(by_dim.items()))
         return cls(at, located.massive_above, values, MadeFor.of(located))
 
     def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
@@ -114,8 +114,8 @@ class SetMassive(_AtOneBlock):
 
         def change(hidden: torch.Tensor) -> torch.Tensor:
             there = dims.to(hidden.device)
-            taken = hidden[..., there]
-            new = torch.where(taken.float().abs() > self.massive_above, values.to(taken), taken)
+            scalars = hidden[..., there]
+            new = torch.where(scalars.float().abs() > self.massive_above, values.to(scalars), scalars)
             return hidden.index_copy(-1, there, new)
 
         return [(block.sites["block_out"], change)] if self.values else []
@@ -176,7 +176,7 @@ class CapWrite(_AtOneBlock):
     @classmethod
     def calibrated(
         cls,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Decoder,
         tokenizer: PreTrainedTokenizerBase,
         located: LocateResult,
         *,
@@ -187,7 +187,7 @@ class CapWrite(_AtOneBlock):
         """The cap at c times the median norm of what the FFN adds to tokens that are not massive.
 
         Args:
-            model: The model.
+            model: The model, or its parts, read before.
             tokenizer: The model's.
             located: What `locate` found on this model, on these texts or on others.
             c: How many medians.

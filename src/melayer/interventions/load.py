@@ -114,16 +114,16 @@ def _with_adapter(
     name: str, adapter: adapters.Adapter, base: str | None, mask: bool, options: dict[str, Any]
 ) -> Loaded:
     """The adapter's base with the adapter merged, its tokenizer and its mask."""
-    under = base or adapter.base
-    if under is None:
+    base = base or adapter.base
+    if base is None:
         raise ModelError(f"The adapter in {name} does not say what it was trained on. Name it with base= (--base).")
     try:
-        loaded = load(under, mask=False, **options)
+        loaded = load(base, mask=False, **options)
     except ModelError as error:
         raise ModelError(
-            f"{name} holds an adapter for {under}, which cannot be loaded: {error} Name its place with base= (--base)."
+            f"{name} holds an adapter for {base}, which cannot be loaded: {error} Name its place with base= (--base)."
         ) from error
-    model = adapters.merged(loaded.model, adapter, under)
+    model = adapters.merged(loaded.model, adapter, base)
     module: nn.Module = model
     module.eval()
     source = Source(name, str(adapter.directory))

@@ -57,17 +57,17 @@ def open_shards(directory: Path) -> Shards:
     for file, names in named.items():
         try:
             with safe_open(file, framework="pt") as handle:
-                found = {name: handle.get_slice(name)[...] for name in handle.keys()}  # noqa: SIM118 - no mapping
+                tensors = {name: handle.get_slice(name)[...] for name in handle.keys()}  # noqa: SIM118 - no mapping
             located = _places(file)
         except (SafetensorError, OSError) as error:
             raise _damaged(file, str(error)) from error
-        absent = sorted(set(names) - set(found))
+        absent = sorted(set(names) - set(tensors))
         if absent:
             raise ModelError(
                 f"{directory / INDEX} places {absent[0]} in {file.name}, which does not hold it "
                 f"({len(absent)} of its tensors are missing). Download or copy the checkpoint again."
             )
-        views |= found
+        views |= tensors
         places |= located
     return Shards(directory, views, places)
 
