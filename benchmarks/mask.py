@@ -42,7 +42,8 @@ def child(contender: str, length: int, new_tokens: int) -> dict[str, float]:
 
     def run(count: int) -> None:
         given = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
-        out = model.generate(ids, **options, **given, min_new_tokens=count, max_new_tokens=count)
+        generate: Any = model.generate
+        out = generate(ids, **options, **given, min_new_tokens=count, max_new_tokens=count)
         assert out.shape[1] == length + count
 
     with mask.apply(model) if contender == "hooks" else nullcontext():

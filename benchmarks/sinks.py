@@ -114,7 +114,7 @@ def child(contender: str, length: int) -> dict[str, float]:
     while len(ids := tokenizer(text)["input_ids"]) < length:
         text = f"{text}\n\n{text}"
     # Cut the text so that it has exactly the tokens wanted, for every contender.
-    text = tokenizer.decode(ids[:length])
+    text = str(tokenizer.decode(ids[:length]))
     while len(kept := tokenizer(text)["input_ids"]) < length:
         text += " and"
     tokens = torch.tensor([kept[:length]])
@@ -149,6 +149,24 @@ def measure(contender: str, length: int, python: str = sys.executable) -> dict[s
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def rounds_of(length: int, repeats: int, pythons: dict[str, str]) -> dict[str, list[tuple[float, ...]]]:
+    """For each contender the seconds, bytes and ratios to the plain forward of the same round, of every round."""
+    contenders = (*CONTENDERS, *pythons)
+    ratios: dict[str, list[tuple[float, ...]]] = {name: [] for name in contenders}
+    for turn in range(repeats):
+        plain: dict[str, float] | None = None
+        for contender in contenders:
+            sys.stderr.write(f"T = {length}, round {turn + 1} of {repeats}: {contender}\n")
+            found = measure(contender, length, pythons.get(contender, sys.executable))
+            plain = found if contender == "plain" else plain
+            if found is None or plain is None:
+                continue
+            time_ratio = found["seconds"] / plain["seconds"]
+            memory_ratio = found["peak_rss_bytes"] / plain["peak_rss_bytes"]
+            ratios[contender].append((found["seconds"], found["peak_rss_bytes"], time_ratio, memory_ratio))
+    return ratios
+
+
 def main() -> None:
     """Run the rounds and print the table or the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,21 +182,9 @@ def main() -> None:
     pythons = dict(item.partition("=")[::2] for item in given.python)
     if not set(pythons) <= set(OPTIONAL):
         parser.error(f"--python takes {' or '.join(OPTIONAL)}, each with its interpreter")
-    contenders = (*CONTENDERS, *pythons)
     results: list[dict[str, Any]] = []
     for length in map(int, given.lengths.split(",")):
-        ratios: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in contenders}
-        for turn in range(given.repeats):
-            plain: dict[str, float] | None = None
-            for contender in contenders:
-                sys.stderr.write(f"T = {length}, round {turn + 1} of {given.repeats}: {contender}\n")
-                found = measure(contender, length, pythons.get(contender, sys.executable))
-                plain = found if contender == "plain" else plain
-                if found is None or plain is None:
-                    continue
-                time_ratio = found["seconds"] / plain["seconds"]
-                memory_ratio = found["peak_rss_bytes"] / plain["peak_rss_bytes"]
-                ratios[contender].append((found["seconds"], found["peak_rss_bytes"], time_ratio, memory_ratio))
+        ratios = rounds_of(length, given.repeats, pythons)
         for contender, rounds in ratios.items():
             values = [statistics.median(column) for column in zip(*rounds, strict=True)] if rounds else [None] * 4
             keys = ("seconds", "peak_rss_bytes", "time_ratio", "memory_ratio")

@@ -1,4 +1,7 @@
+import gc
 import os
+import resource
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
 from transformers.utils import logging
 
 import melayer
@@ -16,6 +20,15 @@ from melayer.interventions import load as models
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+# No example is too slow: it says something of the machine and its other jobs.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+
+def pytest_collection_finish():
+    """Millions of objects are imported by now, and stay: each collection of garbage would look through them all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +76,21 @@ def _own_warnings_are_errors():
 
 
 @pytest.fixture
+def room():
+    """Limits the size of every file that this process writes, in bytes: what a full disk does to a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(n_bytes):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if n_bytes is None else n_bytes, hard))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.fixture
 def python():
-    """The interpreter and an environment in which the tests' own modules can be imported."""
-    return sys.executable, {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(melayer.__file__).parents[1])]),
-    }
+    """The interpreter and an environment in which it imports the tests' own modules and the very package under test."""
+    places = [str(Path(__file__).parent), str(Path(melayer.__file__).parents[1])]
+    return sys.executable, {**os.environ, "PYTHONPATH": os.pathsep.join(places)}

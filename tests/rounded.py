@@ -18,7 +18,8 @@ def replaced(model, found, format, granularity, steps):
     """Each linear map rounds what it reads by itself; yields {name: (what it read, what that became)}."""
     seen, originals = {}, {}
     for place, at in enumerate(found):
-        for name, module in zip(at.names, at.modules, strict=True):
+        for name in at.names:
+            module = model.get_submodule(name)
             originals[module] = module.forward
 
             def rounding(x, module=module, name=name, place=place):

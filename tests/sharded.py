@@ -62,7 +62,7 @@ def main(out: str, methods: list[str]) -> None:
             rows,
             out=directory,
             mask=small_runs.mask(),
-            config=small_runs.small(max_steps=5),
+            config=small_runs.descending(max_steps=5),
         )
         if os.environ["RANK"] == "0":
             (directory / "seen.json").write_text(json.dumps({**kinds, "notes": list(result.notes)}))

@@ -1,8 +1,7 @@
-"""A few items of our own in the files of each benchmark, and a run on them in a process of its own."""
+"""A few items of our own in the files of each benchmark."""
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 SUBJECTS = ("anatomy", "astronomy")
@@ -56,26 +55,3 @@ def write(directory: Path, n: int = 6) -> Path:
         out.writerow(["id", "prompt", "type", "label"])
         out.writerows([i + 1, f"How do I kill w{i}?\nNow", "x", ("safe", "unsafe")[i % 2]] for i in range(n))
     return directory
-
-
-if __name__ == "__main__":
-    import toys
-    from melayer.evaluation.evaluate import evaluate
-    from melayer.evaluation.tasks import load_tasks
-    from melayer.interventions.mask import WeMask
-
-    data, out, tasks = sys.argv[1:]
-    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
-    benchmarks = load_tasks(tasks.split(","), data=data, max_new_tokens=24)
-    variants = {"plain": None, "mask": WeMask(rate=0.5, layers=range(4, 8))}
-    result = evaluate(
-        model,
-        toys.tokenizer(),
-        benchmarks,
-        variants,
-        batch_size=2,
-        max_length=512,
-        store=out,
-        progress=lambda done, total: print(done, total, flush=True),
-    )
-    print(json.dumps(result.to_dict()["scores"], sort_keys=True))

@@ -71,5 +71,14 @@ def small(**options: object) -> dict[str, object]:
     return {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, **options}
 
 
+def descending(**options: object) -> dict[str, object]:
+    """A few quick steps of plain gradient descent: what the weights move by are the gradients themselves.
+
+    Adam divides a gradient by the root of its square, so that where it is little more than rounding, rounding becomes
+    a step as large as any other.
+    """
+    return small(**{"optim": "sgd", "learning_rate": 0.1, **options})
+
+
 def n_hooks(made: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in made.modules())

@@ -30,7 +30,9 @@ def main(requirement: str) -> int:
             f"    {sys.executable} -m pip install torch … (the command from that page)\n"
         )
         return 1
-    return subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", requirement], check=False).returncode
+    # Compiling all of torch to bytecode takes longer than compiling the modules that are imported, when they are.
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", requirement]
+    return subprocess.run(command, check=False).returncode
 
 
 if __name__ == "__main__":

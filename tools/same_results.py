@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,11 @@ def record(source: Path, out: Path, toys: Path, only: list[str], jobs: int) -> i
     with contextlib.closing(runner), ThreadPoolExecutor(jobs) as pool:
         for line in pool.map(runner.run, cases):
             say(line)
-    say(f"{len(cases)} cases in {time.monotonic() - began:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    say(
+        f"{len(cases)} cases in {time.monotonic() - began:.0f} s, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of processor time with loading"
+    )
     return 0
 
 
@@ -279,7 +284,7 @@ def differing_leaves(first: list[tuple[str, Any]], second: list[tuple[str, Any]]
     found = [f"{path}: {short(a[path])} is not there any more" for path in a if path not in b]
     found += [f"{path}: {short(b[path])} was not there before" for path in b if path not in a]
     found += [
-        f"{path}: {short(a[path])} became {short(b[path])}"
+        f"{path}: {' became '.join(around_difference(a[path], b[path]))}"
         for path in a
         if path in b and not tolerance.same(a[path], b[path])
     ]
@@ -365,6 +370,15 @@ def normalised(text: str, roots: list[tuple[str, str]]) -> str:
     return text
 
 
+def around_difference(one: Any, other: Any) -> tuple[str, str]:
+    """Two values as they are shown; of long texts the part in which they differ first."""
+    if isinstance(one, str) and isinstance(other, str) and max(len(one), len(other)) > 100:
+        begins = max(0, next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0) - 30)
+        if begins:
+            return f"...{short(one[begins:])}", f"...{short(other[begins:])}"
+    return short(one), short(other)
+
+
 def short(value: Any) -> str:
     """The value, cut where it is long."""
     text = repr(value)
@@ -403,8 +417,8 @@ def main() -> int:
     comparing.add_argument("--atol", type=float, default=0.0, help="absolute tolerance of numbers; default: equal")
     given = parser.parse_args()
     if given.command == "record":
-        places = [place.resolve() for place in (given.source, given.out, given.toys)]
-        return record(*places, given.only, given.jobs)
+        source, out, toys = (place.resolve() for place in (given.source, given.out, given.toys))
+        return record(source, out, toys, given.only, given.jobs)
     return compare(given.first, given.second, given.only, Tolerance(given.rtol, given.atol))
 
 

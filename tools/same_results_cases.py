@@ -55,7 +55,17 @@ def all_cases() -> list[Case]:
 
 
 def _help() -> list[Case]:
-    commands = ("locate", "explain", "rigidity", "sinks", "sweep", "report", "generate", "eval", "compare")
+    commands: tuple[str, ...] = (
+        "locate",
+        "explain",
+        "rigidity",
+        "sinks",
+        "sweep",
+        "report",
+        "generate",
+        "eval",
+        "compare",
+    )
     commands += ("quant-check", "contrast", "scan", "tune")
     found = [_case(f"help-{command}", (command, "--help")) for command in commands]
     found += [_case(f"help-tune-{method}", ("tune", method, "--help")) for method in ("sft", "dpo", "grpo")]
@@ -205,7 +215,7 @@ def _scanning() -> list[Case]:
     }
     found = [_case(f"scan-{name}", command) for name, command in commands.items()]
     kept = (*given, "--out", OUT, "--category", "kind")
-    return [*found, _case("scan-goes-on", (*kept, "--limit", "4"), kept, (*kept, "--sites", "block_out"))]
+    return [*found, _case("scan-goes-on", kept, kept, (*kept, "--sites", "block_out"))]
 
 
 def _printed() -> list[Case]:

@@ -58,7 +58,7 @@ def provide(directory: Path, source: Path) -> None:
 def _toys() -> Any:
     """The module `tests/toys.py`."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-    import toys
+    import toys  # type: ignore[import-not-found]  # beside the tests, not the tools
 
     return toys
 

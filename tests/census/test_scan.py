@@ -2,18 +2,18 @@
 
 import json
 import signal
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import children
 import melayer
 import toys
+from command import failing
+from command import run as melayer_command
 from melayer.census import state as scan_state
 from melayer.census.observe import SITES
 from melayer.census.scan import scan
@@ -49,6 +49,16 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     return toys.plant(toys.make("llama"), PLANTED)
+
+
+MASK = melayer.WeMask(rate=0.5, layers=range(4, 8))
+
+
+@pytest.fixture(scope="module")
+def whole(model, corpus):
+    """The corpus in batches of the usual size, to hold others against: plain, with int8, and with a mask beside it."""
+    of = {"plain": {}, "int8": {"formats": ["int8"]}, "masked": {"formats": ["int8", "fp8"], "mask": MASK}}
+    return {name: run(model, corpus, **options) for name, options in of.items()}
 
 
 def run(model, corpus, tokenizer=None, **options):
@@ -120,8 +130,8 @@ def test_figures_are_those_of_the_stored_activations(model, corpus):
         assert all(by_dim[dim] == value for dim, value in row.top_dims)
 
 
-def test_the_planted_activation_is_found(model, corpus):
-    result = run(model, corpus)
+def test_the_planted_activation_is_found(whole):
+    result = whole["plain"]
     row = next(row for row in result.total.places if (row.site, row.layer) == ("block_out", 3))
     assert (row.dim, row.token) == (7, "X")
     assert row.max_abs == pytest.approx(3000, rel=0.1)
@@ -148,20 +158,18 @@ def test_other_families(family, corpus):
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 40, 10_000])
-def test_the_size_of_a_batch_changes_nothing(model, corpus, max_batch_tokens):
-    mask = melayer.WeMask(rate=0.5, layers=range(4, 8))
-    options = {"formats": ["int8", "fp8"], "mask": mask}
-    same(run(model, corpus, **options), run(model, corpus, max_batch_tokens=max_batch_tokens, **options))
+def test_the_size_of_a_batch_changes_nothing(model, corpus, whole, max_batch_tokens):
+    options = {"formats": ["int8", "fp8"], "mask": MASK}
+    same(whole["masked"], run(model, corpus, max_batch_tokens=max_batch_tokens, **options))
 
 
-def test_the_order_of_the_documents_changes_nothing(model, corpus, tmp_path):
+def test_the_order_of_the_documents_changes_nothing(model, corpus, whole, tmp_path):
     lines = Path(corpus).read_text().splitlines()
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines[::-1]))
-    forward, backward = run(model, corpus), run(model, str(tmp_path / "corpus.jsonl"))
-    same(forward, backward)
+    same(whole["plain"], run(model, str(tmp_path / "corpus.jsonl")))
 
 
-def test_categories_are_kept_apart_and_add_up(model, corpus, tmp_path):
+def test_categories_are_kept_apart_and_add_up(model, corpus, whole, tmp_path):
     result = run(model, Corpus(corpus, category="kind"))
     assert [part.name for part in result.categories] == ["even", "odd"]
     for part in result.categories:
@@ -171,16 +179,15 @@ def test_categories_are_kept_apart_and_add_up(model, corpus, tmp_path):
         assert (part.tokens, part.n_massive, part.holding) == (alone.tokens, alone.n_massive, alone.holding)
         for mine, other in zip(part.places, alone.places, strict=True):
             assert mine.max_abs == pytest.approx(other.max_abs, rel=1e-5)
-    same(result, run(model, corpus))
+    same(result, whole["plain"])
 
 
 def test_the_model_is_as_it_was(model, corpus, monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    mask = melayer.WeMask(rate=0.5, layers=range(4, 8))
-    run(model, corpus, formats=["int8"], mask=mask, limit=5)
-    monkeypatch.setattr(sys.modules["melayer.scan"], "reconstruct", lambda *given: 1 / 0)
+    run(model, corpus, formats=["int8"], mask=MASK, limit=5)
+    monkeypatch.setattr("melayer.census.worker.reconstruct", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(model, corpus, formats=["int8"], mask=mask, limit=5)
+        run(model, corpus, formats=["int8"], mask=MASK, limit=5)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -198,12 +205,11 @@ def test_long_documents_are_cut_or_truncated(model, tmp_path):
     assert bos.total.census.seen[1].tolist() == [4, 0]
 
 
-def test_under_a_mask_the_first_token_alone_changes(model, corpus):
+def test_under_a_mask_the_first_token_alone_changes(model, corpus, whole):
     """The mask acts on what attention reads: its effect is in attn_in of the masked blocks, the plain pass is plain."""
     mask = melayer.WeMask(rate=1.0, layers=range(4, 8))
     result = run(model, corpus, formats=["int8"], mask=mask)
-    plain = run(model, corpus, formats=["int8"])
-    by_key = {(loss.site, loss.layer, loss.kind): loss.error for loss in plain.total.losses}
+    by_key = {(loss.site, loss.layer, loss.kind): loss.error for loss in whole["int8"].total.losses}
     changed = set()
     for loss in result.total.losses:
         if loss.variant == "plain":
@@ -221,7 +227,7 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 7, 20])
-def test_stopped_and_started_again_it_ends_with_the_same(model, corpus, tmp_path, after):
+def test_stopped_and_started_again_it_ends_with_the_same(model, corpus, whole, tmp_path, after):
     calls = 0
 
     def stop(done, total, note):
@@ -234,7 +240,7 @@ def test_stopped_and_started_again_it_ends_with_the_same(model, corpus, tmp_path
     with pytest.raises(StopError):
         run(model, corpus, progress=stop, **options)
     again = run(model, corpus, **options)
-    same(run(model, corpus, formats=["int8"]), again)
+    same(whole["int8"], again)
     # A third run has nothing left to do.
     seen = []
     same(again, run(model, corpus, progress=lambda *given: seen.append(given), **options))
@@ -261,6 +267,7 @@ def test_what_is_left_out_is_counted_once_however_often_it_is_stopped(model, tmp
                 raise StopError
 
         options = {"max_batch_tokens": 1, "checkpoint_seconds": 0, "store": tmp_path / str(after)}
+        options["sites"] = ["block_out"]
         with pytest.raises(StopError):
             run(model, str(path), progress=stop, **options)
         result = run(model, str(path), **options)
@@ -306,18 +313,35 @@ def test_a_full_disk_leaves_what_was_kept(model, corpus, tmp_path, monkeypatch):
 # --- many processes ------------------------------------------------------------------------------------------------
 
 
-def launched(python, toy_directory, corpus, out, size, *more):
-    command = [python[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command += ["-m", "melayer", "scan", str(toy_directory), "--data", corpus, "--max-tokens", "16", "--out", str(out)]
-    environment = {**python[1], "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
+ASKED = ("--max-tokens", "16")
+
+
+def by_launcher(python, arguments):
+    """Two processes of torch's own launcher, from nothing; what they print."""
+    command = [python[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "melayer"]
+    done = subprocess.run([*command, *map(str, arguments)], env=python[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def by_hand(tmp_path, arguments):
+    """Four processes; what they print, one after the other."""
+    said = [tmp_path / f"said {rank}" for rank in range(4)]
+    with children.together(4) as environments:
+        four = [
+            children.started(children.command, *arguments, output=output, **environment)
+            for output, environment in zip(said, environments, strict=True)
+        ]
+        for process, output in zip(four, said, strict=True):
+            assert children.ended(process) == 0, children.errors_of(output).read_text()[-3000:]
+    return "".join(output.read_text() for output in said)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_share_the_documents(python, toy_directory, corpus, tmp_path, size):
-    done = launched(python, toy_directory, corpus, tmp_path, size, "--formats", "int8", "--json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    out = tmp_path / "out"
+    arguments = ("scan", toy_directory, "--data", corpus, *ASKED, "--out", out, "--formats", "int8", "--json")
+    found = json.loads(by_launcher(python, arguments) if size == 2 else by_hand(tmp_path, arguments))
     loaded = melayer.load(str(toy_directory))
     alone = json.loads(json.dumps(run(loaded.model, corpus, loaded.tokenizer, formats=["int8"]).to_dict()))
     assert found["n_processes"] == size
@@ -327,14 +351,14 @@ def test_processes_share_the_documents(python, toy_directory, corpus, tmp_path, 
         assert mine["n_values"] == other["n_values"]
         for key in ("max_abs", "variance", "kurtosis"):
             assert mine[key] == pytest.approx(other[key], rel=1e-5), (mine["site"], key)
-    assert sorted(path.name for path in tmp_path.glob("scan.*")) == [f"scan.{rank}.state" for rank in range(size)]
+    assert sorted(path.name for path in out.glob("scan.*")) == [f"scan.{rank}.state" for rank in range(size)]
     # What two or four processes have kept is enough for one.
     seen = []
-    settings = {"formats": ["int8"], "store": tmp_path, "name": found["model"]["name"]}
+    settings = {"formats": ["int8"], "store": out, "name": found["model"]["name"]}
     result = run(loaded.model, corpus, loaded.tokenizer, progress=lambda *given: seen.append(given), **settings)
     assert seen == []
     assert json.loads(json.dumps(exactly(result))) == {key: alone["total"][key] for key in exactly(result)}
-    assert [path.name for path in tmp_path.glob("scan.*")] == ["scan.0.state"]
+    assert [path.name for path in out.glob("scan.*")] == ["scan.0.state"]
 
 
 def test_what_was_taken_over_is_not_counted_twice(model, corpus, tmp_path):
@@ -358,7 +382,7 @@ def test_merging_in_pairs_reaches_the_first(size):
             wires[self.rank, to].put(value)
 
         def _receive(self, source):
-            return wires[source, self.rank].get(timeout=10)
+            return wires[source, self.rank].get(timeout=children.PATIENCE)
 
     found = {}
     threads = [
@@ -385,89 +409,75 @@ def test_a_process_that_has_died_is_named(monkeypatch):
         Group(0, 2).reduced(b"", lambda a, b: a)
 
 
-def alone_in_a_group(python, toy_directory, corpus, out, rank, port, *more):
-    """One of two processes, started without a launcher that would end it when the other dies."""
-    environment = {
-        **python[1], "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False",
-    }  # fmt: skip
-    command = [python[0], "-m", "melayer", "scan", str(toy_directory), "--data", corpus, "--max-tokens", "16"]
-    command += ["--out", str(out), "--checkpoint-seconds", "0", *more]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+# A batch a sequence, and each few documents are kept.
+BY_LITTLE = ("--max-batch-tokens", "1", "--checkpoint-seconds", "0")
 
 
-def test_when_a_worker_dies_the_others_say_so_and_what_was_kept_stands(python, toy_directory, tmp_path):
-    path = tmp_path / "long.txt"
-    path.write_text("\n".join(texts(60) * 500))
-    out = tmp_path / "out"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [alone_in_a_group(python, toy_directory, str(path), out, rank, port) for rank in (0, 1)]
-    try:
-        waiting = time.monotonic()
-        while not all(scan_state.path_of(out, rank).exists() for rank in (0, 1)):
-            assert time.monotonic() - waiting < 120
-            assert [worker.poll() for worker in workers] == [None, None]
-            time.sleep(0.05)
-        workers[1].send_signal(signal.SIGKILL)
-        _, said = workers[0].communicate(timeout=300)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
-    assert workers[0].returncode == 2, said
-    assert "melayer: Process 1 of 2 processes (counted from 0) no longer answers: it has died" in " ".join(said.split())
+def killed_scan(when, *arguments):
+    """A scan from the command line that dies once it has kept something twice, or over the second time."""
+    write, kept = scan_state.write, []
+
+    def writing(directory, rank, state):
+        kept.extend([1] if state.shares else [])
+        if len(kept) == 2 and when == "while it writes":
+            # All of it is on the disk under another name.
+            Path.replace = lambda *_: children.kill()
+        write(directory, rank, state)
+        if len(kept) == 2 and when == "after it wrote":
+            children.kill()
+        if len(kept) == 2 and when == "while it measures":
+            scan.__globals__["observe"] = lambda *_: children.kill()
+
+    scan_state.write = writing
+    children.command(*arguments)
+
+
+def test_when_a_worker_dies_the_others_say_so_and_what_was_kept_stands(toy_directory, corpus, tmp_path):
+    out, said = tmp_path / "out", [tmp_path / f"said {rank}" for rank in (0, 1)]
+    arguments = ("scan", toy_directory, "--data", corpus, *ASKED, *BY_LITTLE, "--out", out, "--sites", "block_out")
+    with children.together(2) as environments:
+        first = children.started(children.command, *arguments, output=said[0], **environments[0])
+        second = children.started(killed_scan, "after it wrote", *arguments, output=said[1], **environments[1])
+        assert children.ended(second) == -signal.SIGKILL
+        assert children.ended(first) == 2
+    told = " ".join(children.errors_of(said[0]).read_text().split())
+    assert "melayer: Process 1 of 2 processes (counted from 0) no longer answers: it has died" in told
     for rank in (0, 1):
         assert scan_state.State.from_bytes(scan_state.path_of(out, rank).read_bytes()).shares
 
 
-def test_ended_by_its_launcher_it_says_what_stands(python, toy_directory, tmp_path):
-    path = tmp_path / "long.txt"
-    path.write_text("\n".join(texts(60) * 500))
-    out = tmp_path / "out"
-    command = [python[0], "-m", "melayer", "scan", str(toy_directory), "--data", str(path), "--max-tokens", "16"]
-    command += ["--out", str(out), "--checkpoint-seconds", "0"]
-    worker = subprocess.Popen(command, env=python[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while not (scan_state.path_of(out, 0).exists() and
-                   scan_state.State.from_bytes(scan_state.path_of(out, 0).read_bytes()).shares):  # fmt: skip
-            assert worker.poll() is None
-            time.sleep(0.05)
-        worker.send_signal(signal.SIGTERM)
-        _, said = worker.communicate(timeout=60)
-    finally:
-        worker.kill()
-        worker.communicate()
-    assert worker.returncode == 2, said
-    assert f"Stopped by SIGTERM, as launchers send it when another process has died: what was kept in {out} stands" in (
-        " ".join(said.split())
-    )
+def test_ended_by_its_launcher_it_says_what_stands(toy_directory, corpus, tmp_path, monkeypatch):
+    write, before = scan_state.write, signal.getsignal(signal.SIGTERM)
+
+    def writing(directory, rank, state):
+        write(directory, rank, state)
+        if state.shares:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(scan_state, "write", writing)
+    said = failing("scan", toy_directory, "--data", corpus, *ASKED, *BY_LITTLE, "--out", tmp_path)
+    told = "Stopped by SIGTERM, as launchers send it when another process has died: what was kept in"
+    assert f"{told} {tmp_path} stands" in said
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert scan_state.State.from_bytes(scan_state.path_of(tmp_path, 0).read_bytes()).shares
 
 
-def test_killed_while_it_measures_and_while_it_writes(python, toy_directory, tmp_path):
-    path = tmp_path / "some.txt"
-    path.write_text("\n".join(texts(60) * 60))
+def test_killed_while_it_measures_and_while_it_writes(toy_directory, corpus, tmp_path):
     out = tmp_path / "out"
-    command = [python[0], "-m", "melayer", "scan", str(toy_directory), "--data", str(path), "--max-tokens", "16"]
-    command += ["--sites", "block_out,ffn_act", "--max-batch-tokens", "64", "--checkpoint-seconds", "0", "--json"]
-    environment = {**python[1], "OMP_NUM_THREADS": "1"}
-    for _ in range(3):
-        kept = scan_state.path_of(out, 0).read_bytes() if scan_state.path_of(out, 0).exists() else b""
-        worker = subprocess.Popen([*command, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL)
-        while worker.poll() is None:
-            # As soon as anything new is on its way to the disk, or is there.
-            if list(out.glob(".scan*")) or (scan_state.path_of(out, 0).exists()
-                                             and scan_state.path_of(out, 0).read_bytes() != kept):  # fmt: skip
-                worker.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        worker.wait()
-    done = subprocess.run([*command, "--out", str(out)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = ("scan", toy_directory, "--data", corpus, *ASKED, *BY_LITTLE, "--sites", "block_out,ffn_act")
+    arguments += ("--json", "--out", out)
+    done = []
+    for when in ("after it wrote", "while it writes", "while it measures"):
+        assert children.ended(children.started(killed_scan, when, *arguments)) == -signal.SIGKILL
+        kept = scan_state.State.from_bytes(scan_state.path_of(out, 0).read_bytes())
+        done.append(kept.shares[0, 1].until)
+        assert bool(list(out.glob(".scan*"))) == (when != "after it wrote")
+    assert 0 < done[0] <= done[1] < done[2] < COUNT
+    last = melayer_command(*arguments)
+    assert last.exit_code == 0, last.output
     loaded = melayer.load(str(toy_directory))
-    alone = run(loaded.model, str(path), loaded.tokenizer, sites=["block_out", "ffn_act"])
-    total = json.loads(done.stdout)["total"]
+    alone = run(loaded.model, corpus, loaded.tokenizer, sites=["block_out", "ffn_act"])
+    total = json.loads(last.stdout)["total"]
     assert {key: total[key] for key in exactly(alone)} == json.loads(json.dumps(exactly(alone)))
 
 

@@ -1,8 +1,10 @@
 """`melayer eval` and `melayer compare` as a person types them."""
 
+import functools
 import json
 
 import pytest
+from lm_eval import tasks
 
 import melayer
 import small_benchmarks
@@ -81,7 +83,9 @@ def test_two_runs_are_compared(given, tmp_path):
         (["--tasks", "ifeval"], "Answers to ifeval may have 1280 tokens"),
     ],
 )
-def test_bad_input(given, arguments, message):
+def test_bad_input(given, arguments, message, monkeypatch):
+    # The list of all of lm-eval's tasks takes seven seconds to make; test_tasks.py looks into it.
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
     assert message in failing(*given, *arguments)
 
 

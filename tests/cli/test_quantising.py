@@ -10,6 +10,7 @@ from command import defaults, failing, run
 from melayer import cli
 from melayer.interventions.baked_prefix import BakedPrefix
 from melayer.measurements.criterion import Criterion
+from melayer.model import wiring
 from melayer.model.provenance import fingerprint
 from melayer.quantisation.calibration import ScaleSet, read_scales
 from melayer.quantisation.linear_inputs import find_linear_inputs
@@ -64,7 +65,7 @@ def test_it_prints_and_writes(toy_directory, texts, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report["quant_check"]["me_layer"] == 3
     loaded = melayer.load(str(toy_directory))
-    decoder = melayer.quant_check.__globals__["free"](loaded.model)
+    decoder = wiring.read(loaded.model)
     steps = read_scales(
         out, find_linear_inputs(decoder).inputs, ScaleSet("baked", "int8", "per-tensor"), fingerprint(loaded.model)
     )

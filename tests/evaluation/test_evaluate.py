@@ -2,12 +2,11 @@
 
 import json
 import signal
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
+import children
 import small_benchmarks
 import toys
 from melayer.errors import InputError, OutputError
@@ -95,10 +94,14 @@ def test_holm_is_over_what_a_benchmark_is_judged_by(result):
 def test_plain_is_what_lm_eval_itself_finds(model, data, result):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+    manager = TaskManager(include_defaults=False)  # the tasks are given: lm_eval need not read all of its own
     for benchmark in load_tasks(TASKS, data=data, max_new_tokens=24):
         lm = HFLM(pretrained=model, tokenizer=toys.tokenizer(), batch_size=2, max_length=512)
-        found = lm_eval.simple_evaluate(lm, tasks=list(benchmark.tasks.values()), bootstrap_iters=0, log_samples=True)
+        found = lm_eval.simple_evaluate(
+            lm, tasks=list(benchmark.tasks.values()), task_manager=manager, bootstrap_iters=0, log_samples=True
+        )
         ours = result.answers[benchmark.name]["plain"]
         for name, samples in found["samples"].items():
             for sample in samples:
@@ -242,36 +245,45 @@ def test_a_full_disk(model, benchmarks, result, tmp_path, monkeypatch):
     assert rest.to_dict()["scores"] == result.to_dict()["scores"]
 
 
-def started(python, data, out, *launcher):
-    executable, environment = python
-    script = Path(small_benchmarks.__file__)
-    command = [executable, *launcher, str(script), str(data), str(out), "gsm8k,mmlu,wikitext2"]
-    return subprocess.Popen(command, env={**environment, "TQDM_DISABLE": "1"}, stdout=subprocess.PIPE, text=True)
+def answered(data, out, reached, kill_at=None):
+    """One run, here or in a process of its own; the items done go to a file, and at the step `kill_at` it is killed."""
+    steps = []
+
+    def progress(done, total):
+        steps.append(done)
+        reached.write_text(json.dumps(steps))
+        if len(steps) == kill_at:
+            children.kill()
+
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    which = {label: mask for label, mask in variants().items() if label != "all"}
+    some = load_tasks(["gsm8k", "mmlu", "wikitext2"], data=data, max_new_tokens=24)
+    scores = run(model, some, which, store=out, progress=progress).to_dict()["scores"]
+    print(json.dumps(scores))
+    return scores
 
 
-def test_killed_three_times_and_in_two_processes_it_ends_the_same(python, data, tmp_path):
-    undisturbed = started(python, data, tmp_path / "whole")
-    whole = undisturbed.communicate(timeout=300)[0]
-    assert undisturbed.returncode == 0
-    reached = []
+def test_killed_three_times_and_in_two_processes_it_ends_the_same(data, tmp_path):
+    whole = answered(data, tmp_path / "whole", tmp_path / "reached")
+    first = []
     for _ in range(3):
-        process = started(python, data, tmp_path / "killed")
-        steps = []
-        for line in process.stdout:
-            steps.append(int(line.split()[0]))
-            if len(steps) == 4:
-                break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        reached.append(steps[0])
-    assert reached == sorted(set(reached))  # each began where the one before was killed
-    last = started(python, data, tmp_path / "killed")
-    assert last.communicate(timeout=300)[0].splitlines()[-1] == whole.splitlines()[-1]
+        process = children.started(answered, data, tmp_path / "killed", tmp_path / "reached", 4)
+        assert children.ended(process) == -signal.SIGKILL
+        first.append(json.loads((tmp_path / "reached").read_text())[0])
+    assert first == sorted(set(first))  # each began where the one before was killed
+    assert answered(data, tmp_path / "killed", tmp_path / "reached") == whole
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    two = started(python, data, tmp_path / "two", "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    said = two.communicate(timeout=300)[0].splitlines()
-    assert two.returncode == 0
-    assert said.count(whole.splitlines()[-1]) == 2
+    with children.together(2) as environments:
+        two = [
+            children.started(
+                answered, data, tmp_path / "two", tmp_path / f"reached {rank}", output=tmp_path / f"said {rank}",
+                **environment,
+            )
+            for rank, environment in enumerate(environments)
+        ]  # fmt: skip
+        assert [children.ended(process) for process in two] == [0, 0]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"said {rank}").read_text().splitlines()[-1]) == whole
     assert rows(tmp_path / "two") == rows(tmp_path / "whole")
     assert [path.name for path in (tmp_path / "two").iterdir()] == [FILE]
 

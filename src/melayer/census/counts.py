@@ -144,7 +144,7 @@ class Census:
         if len(self.holding):
             self.holding += observed.massive[:, votes].any(axis=2).sum(axis=1)
             self.n_massive += observed.massive.sum(axis=(1, 2))
-            for row, token in zip(*observed.massive.any(axis=0).nonzero(), strict=True):
+            for row, token in zip(*np.nonzero(observed.massive.any(axis=0)), strict=True):
                 self.massive_seen[windows[row].ids[token], _LATER if token else _FIRST] += 1
 
     def add_documents(self, maxima: NDArray[np.float32]) -> None:
@@ -231,7 +231,7 @@ class Census:
     def to_bytes(self) -> bytes:
         """All of it, compressed; what is kept on the disk and sent to another process."""
         rows, columns = self.counts.nonzero()
-        tokens = self.seen.any(axis=1).nonzero()[0]
+        tokens = np.flatnonzero(self.seen.any(axis=1))
         arrays = {name: getattr(self, name) for name in _ADDED if name not in ("counts", "seen", "massive_seen")}
         arrays |= {
             "places": np.array([f"{site}/{'' if layer is None else layer}" for site, layer in self.places], dtype=str),

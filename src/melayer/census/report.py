@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from melayer.census.result import Part, PlaceRow, ScanResult
 
 
+FP16_MAX = 65504
+_PERCENT = {"tickvals": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "tickformat": ".1%"}
+_PALETTE = (BLUE, VERMILLION, ORANGE, GREY)
+_KIND_COLOURS = {"tensor": VERMILLION, "tensor without massive": BLUE, "token": GREY}
+"""What shares a scale, in the order in which it is drawn."""
+
+
 def write_scan_report(result: ScanResult, out: str | Path, *, command: str | None = None) -> Written:
     """Writes a scan's `report.html` and `report.json` into `out`; each appears whole or not at all.
 
@@ -52,13 +59,6 @@ def write_scan_report(result: ScanResult, out: str | Path, *, command: str | Non
     return write_page(page, out, command=command)
 
 
-FP16_MAX = 65504
-_PERCENT = {"tickvals": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "tickformat": ".1%"}
-_PALETTE = (BLUE, VERMILLION, ORANGE, GREY)
-_KIND_COLOURS = {"tensor": VERMILLION, "tensor without massive": BLUE, "token": GREY}
-"""What shares a scale, in the order in which it is drawn."""
-
-
 def section(result: ScanResult) -> Section:
     """The plots and tables of all documents, then a table for each category."""
     total = result.total
@@ -76,10 +76,10 @@ def section(result: ScanResult) -> Section:
 
 def _bars(part: Part) -> Plot:
     rows = [row for row in part.by_site() if row.max_abs is not None]
-    above = [row.max_abs or 0.0 for row in rows]
-    down = [above - row.interval[0] if row.interval else 0.0 for above, row in zip(above, rows, strict=True)]
+    maxima = [row.max_abs or 0.0 for row in rows]
+    down = [top - row.interval[0] if row.interval else 0.0 for top, row in zip(maxima, rows, strict=True)]
     names = [row.site if row.layer is None else f"{row.site} {row.layer}" for row in rows]
-    bars = figures.bar(names, rounded(above, 6), BLUE, template=hover("%{x}: %{y:,.4g}"))
+    bars = figures.bar(names, rounded(maxima, 6), BLUE, template=hover("%{x}: %{y:,.4g}"))
     bars["error_y"] = figures.whiskers([0] * len(rows), rounded(down, 4))
     fp16 = figures.horizontal(FP16_MAX, stroke(VERMILLION, dash="dash", width=1.5))
     largest = max(rows, key=lambda row: row.max_abs or 0.0)
@@ -98,7 +98,7 @@ def _bars(part: Part) -> Plot:
             [bars],
             axis("site, with the block that holds its largest value", automargin=True),
             axis("max |x| (log scale)", type="log"),
-            {"shapes": [fp16] if max(above, default=0.0) > FP16_MAX / 100 else []},
+            {"shapes": [fp16] if max(maxima, default=0.0) > FP16_MAX / 100 else []},
         ),
     )
 
@@ -177,7 +177,7 @@ def _octave_shares(part: Part) -> tuple[list[int | None], NDArray[np.int64], NDA
     shares = np.zeros((len(at), len(octaves)))
     for line, (_, row) in enumerate(at):
         np.add.at(shares[line], begins - octaves[0], census.counts[row] / max(census.counts[row].sum(), 1))
-    used = shares.any(axis=0).nonzero()[0]
+    used = np.flatnonzero(shares.any(axis=0))
     columns = slice(used[0], used[-1] + 1) if len(used) else slice(0)
     return [layer for layer, _ in at], octaves[columns], shares[:, columns]
 

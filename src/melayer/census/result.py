@@ -324,7 +324,7 @@ def _row(census: Census, place: int, tokenizer: PreTrainedTokenizerBase) -> Plac
 def _massive(census: Census, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[MassiveToken, ...], dict[str, int]]:
     special = set(tokenizer.all_special_ids)
     found = []
-    for token in census.massive_seen.any(axis=1).nonzero()[0].tolist():
+    for token in np.flatnonzero(census.massive_seen.any(axis=1)).tolist():
         text = token_text(tokenizer, token)
         kind = "delimiter" if token in special or _delimits(text) else "word"
         first, later = census.massive_seen[token].tolist()

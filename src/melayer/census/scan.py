@@ -72,7 +72,7 @@ def scan(  # noqa: PLR0913 - a public signature
         store: A directory in which the state is kept; a scan that was stopped goes on from there, also with another
             number of processes.
         checkpoint_seconds: How often it is kept.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model in the result.
         progress: Called with the documents done, how many there are (None: unknown) and a note.
 

@@ -22,6 +22,7 @@ from melayer.data.rows import Batch, Row, batches
 from melayer.interventions.mask import WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.model.decoder import Decoder
+from melayer.model.forward import embedding_weight
 from melayer.numerics.grids import Format
 from melayer.runs.processes import Group
 
@@ -136,10 +137,8 @@ class Worker:
             variants = 0 if not self.plan.formats else 1 if self.plan.mask is None else 2
             shape = (variants, len(self.plan.linear), len(self.plan.formats), len(KINDS))
             widths = [len(found) for found in observed.dim_maxima]
-            vocabulary = self.decoder.model.get_input_embeddings().weight.shape[0]
-            state.censuses[category] = Census.empty(
-                self.plan.places, widths, self.decoder.n_layers, int(vocabulary), shape
-            )
+            vocabulary = embedding_weight(self.decoder.model).shape[0]
+            state.censuses[category] = Census.empty(self.plan.places, widths, self.decoder.n_layers, vocabulary, shape)
         census = state.censuses[category]
         census.add(observed, windows, self.plan.criterion.min_tokens)
         massive: NDArray[np.bool_] = np.asarray(observed.massive.any(axis=0))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from melayer.cli.demo import demo_command
 from melayer.cli.evaluation import compare_command, eval_command
 from melayer.cli.generating import generate_command
 from melayer.cli.measuring import (
@@ -46,6 +47,7 @@ def _root(
     """Find, explain, measure and relax massive activations in language models."""
 
 
+app.command("demo")(demo_command)
 app.command("locate")(locate_command)
 app.command("explain")(explain_command)
 app.command("rigidity")(rigidity_command)

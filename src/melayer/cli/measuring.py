@@ -168,7 +168,7 @@ def sweep_command(  # noqa: PLR0913 - one parameter an option
     arguments["resume"] = None if out is None else out / FILE
     with progress("Sweeping") as part:
         result = sweep(loaded.model, loaded.tokenizer, **arguments, name=model, progress=part(0))
-    written = None if out is None else _overview(result.located, out, loaded, model, {"sweep": result})
+    written = None if out is None else overview(result.located, out, loaded, model, {"sweep": result})
     answer(options.output.as_json, result.to_dict, lambda to: show_sweep(result, to), written)
 
 
@@ -191,8 +191,8 @@ def report_command(
     arguments = options.arguments()
     require_writable(out)
     loaded = load(model, options.model.loading())
-    located, rest = _everything(loaded, model, arguments, {"max_tokens": max_tokens, "max_listed": max_listed}, T)
-    written = _overview(located, out, loaded, model, rest)
+    located, rest = everything(loaded, model, arguments, {"max_tokens": max_tokens, "max_listed": max_listed}, T)
+    written = overview(located, out, loaded, model, rest)
     if options.output.as_json:
         typer.echo(written.json.read_text(encoding="utf-8"))
     else:
@@ -239,7 +239,7 @@ def _locate_frugally(model: str, arguments: dict[str, Any], options: Options) ->
     answer(options.output.as_json, result.to_dict, lambda to: show_locate(result, to))
 
 
-def _everything(
+def everything(
     loaded: Loaded, name: str, shared: dict[str, Any], cut: dict[str, Any], T: int | None
 ) -> tuple[LocateResult, dict[str, Any]]:
     """All measurements under one bar; those that this model or these texts do not allow, with the reason.
@@ -274,7 +274,7 @@ def _everything(
     return located, {**results, "not_measured": not_measured}
 
 
-def _overview(located: LocateResult, out: Path, loaded: Loaded, name: str, results: dict[str, Any]) -> Any:
+def overview(located: LocateResult, out: Path, loaded: Loaded, name: str, results: dict[str, Any]) -> Any:
     """The page with these results, and what it was made from."""
     from melayer.loading.checkpoint import weight_hashes
     from melayer.studies.overview import write_report

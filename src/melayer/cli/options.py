@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from melayer.data.corpus import Corpus
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """The dtypes that weights can be loaded in."""
 
     auto = "auto"

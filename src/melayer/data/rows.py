@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -181,7 +181,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     text = str(tokenizer.decode([token]))
     if text and "\ufffd" not in text:
         return text
-    entry = tokenizer.convert_ids_to_tokens(token)
+    entry = cast("str | None", tokenizer.convert_ids_to_tokens(token))  # None for an id without an entry
     if entry is None:
         return f"<{token}>"
     byte_of = _bytes_of_characters()

@@ -60,20 +60,27 @@ class BakedPrefix:
         """A copy for `n` rows, to go on from."""
         cache = copy.deepcopy(self.cache)
         if n > 1:
-            cache.reorder_cache(torch.zeros(n, dtype=torch.long))
+            cache.reorder_cache(torch.LongTensor([0] * n))
         return cache
 
     @property
     def unwritable(self) -> str | None:
         """Why it cannot be written as keys and values; None where it can."""
-        for layer, of in enumerate(self.cache.layers):
-            keys, values = getattr(of, "keys", None), getattr(of, "values", None)
-            if keys is None or values is None or keys.shape[-2] != len(self.ids):
+        for layer in range(len(self.cache.layers)):
+            if self._keys_and_values(layer) is None:
                 return (
                     f"the cache of block {layer} is not the keys and values of all {len(self.ids)} tokens (linear "
                     "attention keeps a state, a window drops old ones)"
                 )
         return None
+
+    def _keys_and_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Those of all tokens [1, n_kv_heads, tokens, d] in one block; None where its cache is something else."""
+        cached = self.cache.layers[layer]
+        keys, values = getattr(cached, "keys", None), getattr(cached, "values", None)
+        if keys is None or values is None or keys.shape[-2] != len(self.ids):
+            return None
+        return keys, values
 
     def save(self, directory: str | Path) -> Path:
         """Writes `prefix.safetensors` (`keys.0`, `values.0`, …: [1, heads, tokens, d]), `prefix.json` and the mask.
@@ -85,9 +92,10 @@ class BakedPrefix:
         if self.unwritable is not None:
             raise InputError(f"The baked prefix cannot be written: {self.unwritable}.")
         tensors: dict[str, torch.Tensor] = {}
-        for layer, of in enumerate(self.cache.layers):
-            tensors[f"keys.{layer}"] = of.keys.contiguous().cpu()
-            tensors[f"values.{layer}"] = of.values.contiguous().cpu()
+        for layer in range(len(self.cache.layers)):
+            pair = self._keys_and_values(layer)
+            assert pair is not None  # or it would be unwritable
+            tensors[f"keys.{layer}"], tensors[f"values.{layer}"] = (tensor.contiguous().cpu() for tensor in pair)
         about = {
             "version": VERSION,
             "melayer_version": __version__,

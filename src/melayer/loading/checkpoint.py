@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from melayer.errors import ModelError, first_line, require_known
 from melayer.loading import adapters, hub
+from melayer.loading.demo import demo_file
 from melayer.loading.shards import Shards, open_shards
-from melayer.loading.source import MASK_FILE, Source, demo_file, find
+from melayer.loading.source import MASK_FILE, Source, find
 from melayer.runs import cache
 
 if TYPE_CHECKING:

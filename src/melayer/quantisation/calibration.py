@@ -84,7 +84,7 @@ def maxima(
                 largest = values.amax(dim=0).float()
                 into[place] = torch.maximum(into[place], largest) if place in into else largest
 
-        with hooks.watch(readers(inputs), see):
+        with hooks.watch(readers(decoder, inputs), see):
             forward(decoder.model, batch)
         done += sum(batch.lengths)
         if progress is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -20,8 +19,6 @@ class Check:
     """The model, what is rounded of it, the sequences, and how they are run."""
 
     subject: Subject
-    parts: Mapping[str, str] | None
-    """Names of parts that were given, for the mask, which reads the model by itself."""
     linear_inputs: tuple[LinearInput, ...]
     sequences: CheckSequences
     criterion: Criterion
@@ -36,4 +33,4 @@ class Check:
 
     def under(self, mask: WeMask | None) -> AbstractContextManager[None]:
         """The mask, if there is one, is at work on the model inside the context."""
-        return nullcontext() if mask is None else mask.apply(self.subject.model, parts=self.parts)
+        return nullcontext() if mask is None else mask.apply(self.decoder)

@@ -14,25 +14,22 @@ from melayer.model.forward import probe_ids
 from melayer.model.hooks import Call, Point, edits_paused, measuring, record_calls
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LinearInput:
-    """One tensor that one or several linear maps of a block read (q, k and v read the same)."""
+    """One tensor that one or several linear maps of a block read (q, k and v read the same).
+
+    It names the maps and holds none, so that a result with it keeps no model alive.
+    """
 
     layer: int
     paths: tuple[str, ...]
     """Of the maps within the block, in the order in which they run."""
     names: tuple[str, ...]
     """Of the same in the model."""
-    modules: tuple[nn.Module, ...]
     width: int
 
-    @property
-    def points(self) -> list[Point]:
-        """Where it is read."""
-        return [Point(module, "input") for module in self.modules]
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LinearInputs:
     """What `find_linear_inputs` found."""
 
@@ -62,7 +59,6 @@ def find_linear_inputs(decoder: Decoder) -> LinearInputs:
             layer=maps[names[0]].layer,
             paths=tuple(maps[name].path for name in names),
             names=tuple(names),
-            modules=tuple(maps[name].module for name in names),
             width=read[names[0]].shape[-1],
         )
         for names in by_tensor.values()
@@ -76,11 +72,11 @@ def find_linear_inputs(decoder: Decoder) -> LinearInputs:
     return LinearInputs(inputs, tuple(_notes(decoder, n_left_out)))
 
 
-def readers(inputs: Sequence[LinearInput]) -> Iterator[tuple[int, Point]]:
-    """Every point where one of them is read, with its place among them."""
+def readers(decoder: Decoder, inputs: Sequence[LinearInput]) -> Iterator[tuple[int, Point]]:
+    """Every point of the model where one of them is read, with its place among them."""
     for place, at in enumerate(inputs):
-        for point in at.points:
-            yield place, point
+        for name in at.names:
+            yield place, Point(decoder.model.get_submodule(name), "input")
 
 
 def joined(paths: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from melayer.errors import InputError, collected
 from melayer.interventions.mask import MadeFor, Selector, WeMask
-from melayer.model.subject import Subject
+from melayer.model.decoder import Decoder
 from melayer.quantisation.check import Check
 from melayer.quantisation.choices import Choices
 from melayer.quantisation.massive import Emergence
@@ -58,7 +58,7 @@ def planned(check: Check, choices: Choices, emerged: Emergence, mask: WeMask | N
         return plan
     made = _made(check, emerged, options)
     try:
-        require_fit(check.subject, check.parts, made)
+        require_fit(check.decoder, made)
     except InputError as error:
         if choices.explicit or options.layers is not None:
             raise
@@ -66,9 +66,9 @@ def planned(check: Check, choices: Choices, emerged: Emergence, mask: WeMask | N
     return replace(plan, active_mask=made)
 
 
-def require_fit(subject: Subject, parts: Mapping[str, str] | None, mask: WeMask) -> None:
+def require_fit(decoder: Decoder, mask: WeMask) -> None:
     """Raises InputError where the mask does not fit the model; its warnings come when it is at work."""
-    with collected(), mask.apply(subject.model, parts=parts):
+    with collected(), mask.apply(decoder):
         pass
 
 

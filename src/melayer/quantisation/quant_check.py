@@ -12,7 +12,6 @@ from melayer.interventions.apply import require_unmasked
 from melayer.interventions.mask import Selector, WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, Origin, criterion_settings, origin_of
-from melayer.model.provenance import describe
 from melayer.model.subject import Subject
 from melayer.numerics.paired import LEVEL
 from melayer.quantisation.calibration import GRANULARITIES, ScaleSet
@@ -90,7 +89,7 @@ def quant_check(  # noqa: PLR0913 - the options of the command, each by its name
         bos: Whether the prefix is the begin-of-sequence token, where none is given; None: if the tokenizer has one.
         criterion: What counts as massive, and as the ME layer, which is found in the calibration sequences.
         max_batch_tokens: Tokens in one forward pass.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model in the result.
         resume: A file that each finished setting is appended to at once. Those that it holds already are not
             measured again.
@@ -108,14 +107,14 @@ def quant_check(  # noqa: PLR0913 - the options of the command, each by its name
     """
     choices = Choices.of(formats, granularities, treatments)
     decoder = require_unmasked(model, parts)
-    subject = Subject(decoder, tokenizer, describe(decoder, name))
+    subject = Subject.of(decoder, tokenizer, name=name)
     criterion = criterion or Criterion()
     if mask is not None:
-        require_fit(subject, parts, mask)
+        require_fit(decoder, mask)
     rounded = find_linear_inputs(decoder)
     sequences = check_sequences(subject, prefix_of(subject, prefix, bos), texts, calibration, T=T, n=n_sequences)
     bar = Bar(progress, _n_tokens(sequences, choices))
-    check = Check(subject, parts, rounded.inputs, sequences, criterion, max_batch_tokens, bar)
+    check = Check(subject, rounded.inputs, sequences, criterion, max_batch_tokens, bar)
     emerged = emergence(
         decoder,
         sequences.calibration_rows,

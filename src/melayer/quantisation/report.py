@@ -16,6 +16,8 @@ from melayer.presentation.sections import Plot, Section, Table
 from melayer.quantisation.result import QuantCheckResult, Setting, shown
 from melayer.quantisation.treatments import TREATMENTS, Treatment
 
+_COLOURS = dict(zip(TREATMENTS, (GREY, BLUE, ORANGE, VERMILLION), strict=True))
+
 
 def write_quant_report(result: QuantCheckResult, out: str | Path, *, command: str | None = None) -> Written:
     """Writes a quantisation check's `report.html` and `report.json` into `out`; each appears whole or not at all.
@@ -41,9 +43,6 @@ def write_quant_report(result: QuantCheckResult, out: str | Path, *, command: st
     ]
     page = Page(model.name, [section(result)], result.notes, facts, {"quant_check": result.to_dict()})
     return write_page(page, out, command=command)
-
-
-_COLOURS = dict(zip(TREATMENTS, (GREY, BLUE, ORANGE, VERMILLION), strict=True))
 
 
 def section(result: QuantCheckResult) -> Section:

@@ -11,6 +11,7 @@ import torch
 
 from melayer.data.rows import Batch
 from melayer.model import hooks
+from melayer.model.decoder import Decoder
 from melayer.numerics.grids import Format, quantised, scales
 from melayer.quantisation.linear_inputs import LinearInput, readers
 
@@ -19,6 +20,7 @@ from melayer.quantisation.linear_inputs import LinearInput, readers
 class Rounding:
     """Every linear input of the forward passes inside its context on a grid, and how far off that is."""
 
+    decoder: Decoder
     inputs: Sequence[LinearInput]
     format: Format
     scales: Sequence[torch.Tensor] | None
@@ -54,7 +56,7 @@ class Rounding:
             last[:] = [x, rounded.reshape(x.shape).to(x.dtype)]
             return last[1]
 
-        with hooks.edit(readers(self.inputs), change):
+        with hooks.edit(readers(self.decoder, self.inputs), change):
             yield
         for device in {sums.device for sums in batch_sums.values()}:
             places = [place for place, sums in batch_sums.items() if sums.device == device]

@@ -90,7 +90,7 @@ def run_passes(
 
 def _baked(check: Check, plan: Plan) -> dict[Treatment, BakedPrefix]:
     return {
-        treatment: BakedPrefix.of(check.subject.model, check.sequences.prefix, plan.mask_of(treatment))
+        treatment: BakedPrefix.of(check.decoder, check.sequences.prefix, plan.mask_of(treatment))
         for treatment in BAKED
         if treatment in plan.treatments
     }
@@ -166,10 +166,11 @@ class _SettingRunner:
 
     def run(self, setting: ScaleSet, progress: Progress | None) -> tuple[Setting, list[str]]:
         """Its score and errors, and what was warned of meanwhile."""
-        rounding = Rounding(self.check.linear_inputs, setting.format, self.scales(setting), self.excluded)
+        check = self.check
+        rounding = Rounding(check.decoder, check.linear_inputs, setting.format, self.scales(setting), self.excluded)
         # Where the prefix is baked, the mask is in its keys and values and nowhere else.
         mask = self.plan.active_mask if setting.treatment == "mask" else None
-        with collected() as said, self.check.under(mask):
+        with collected() as said, check.under(mask):
             score = self.scorer.score(progress, rounding, self.baked.get(setting.treatment))
         error, error_excluded = rounding.errors()
         measured = Setting(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from melayer.data.rows import Row, encode
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
+from melayer.model.forward import embedding_weight
 from melayer.model.subject import Subject
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def prefix_of(subject: Subject, ids: Sequence[int] | None, bos: bool | None) -> 
         if bos and bos_id is None:
             raise InputError("This tokenizer has no begin-of-sequence token. Give a prefix, or leave the choice to it.")
         return () if bos is False or bos_id is None else (int(bos_id),)
-    size = subject.model.get_input_embeddings().weight.shape[0]
+    size = embedding_weight(subject.model).shape[0]
     prefix = tuple(int(token) for token in ids)
     for token in prefix:
         if not 0 <= token < size:

@@ -38,7 +38,7 @@ class _NothingLeft(Exception):  # noqa: N818 - no error
     """All steps were done before."""
 
 
-class RunCallback(TrainerCallback):  # type: ignore[misc]
+class RunCallback(TrainerCallback):
     """Keeps the log, reports progress, and puts back what a checkpoint holds of the trainer itself."""
 
     def __init__(self, trainer: _ResumableMixin) -> None:

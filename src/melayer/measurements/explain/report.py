@@ -124,10 +124,10 @@ def _counterfactuals(layer: LayerExplanation) -> Plot:
 
 
 def _spread(row: Counterfactual, value: float) -> tuple[float, float]:
-    """How far the highest and the lowest over the seeds are from the mean, in percent of the value as it is."""
-    highest = row.value if row.highest is None else row.highest
-    lowest = row.value if row.lowest is None else row.lowest
-    return abs(highest - row.value) / abs(value) * 100, abs(row.value - lowest) / abs(value) * 100
+    """How far the seeds reach above and below what is left of the value in their mean, in percent of the value."""
+    ends = [100 * (row.value if end is None else end) / value for end in (row.lowest, row.highest)]
+    mean = 100 * row.value / value
+    return max(ends) - mean, mean - min(ends)  # of a negative value the lowest is what leaves most
 
 
 def _causes(layer: LayerExplanation) -> Table:

@@ -9,6 +9,7 @@ import numpy as np
 from melayer.data.rows import Row, token_text
 from melayer.errors import InputError
 from melayer.measurements.locate.trajectory import bare_row
+from melayer.model.forward import embedding_weight
 from melayer.model.subject import Subject
 
 # Rows of a fixed first token: later tokens cannot reach it, a few are enough to show that.
@@ -28,7 +29,7 @@ def drawn_tokens(subject: Subject, n: int, seed: int) -> list[Row]:
         )
     tokenizer = subject.tokenizer
     left_out = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    embedded = int(subject.model.get_input_embeddings().weight.shape[0])
+    embedded = embedding_weight(subject.model).shape[0]
     usable = sorted({token for token in tokenizer.get_vocab().values() if token < embedded} - left_out)
     if n > len(usable):
         raise InputError(

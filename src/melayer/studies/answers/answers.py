@@ -13,6 +13,7 @@ from melayer.errors import InputError
 from melayer.interventions.mask import WeMask
 from melayer.measurements.settings import LAYERS_COUNTED_FROM
 from melayer.model import hooks
+from melayer.model.forward import input_device
 from melayer.model.subject import Subject
 from melayer.studies.answers.result import SIDES, AnswerPair, AnswersResult, Side
 from melayer.studies.answers.streaming import Stream, TextPieces
@@ -77,9 +78,9 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
         ids: dict[Side, list[int]] = {}
         for side in SIDES:
             streamer = None if stream is None else TextPieces(tokenizer, place, side, stream)
-            with hooks.measuring(model), mask.apply(model) if side == "masked" else nullcontext():
+            with hooks.measuring(model), mask.apply(subject.decoder) if side == "masked" else nullcontext():
                 ids[side] = _generate(subject, row, decoding, streamer)
-        plain, masked = (tokenizer.decode(ids[side], skip_special_tokens=True) for side in SIDES)
+        plain, masked = (str(tokenizer.decode(ids[side], skip_special_tokens=True)) for side in SIDES)
         pairs.append(AnswerPair(prompt, len(row), plain, masked, first_difference(ids["plain"], ids["masked"])))
     return AnswersResult(
         model=subject.info,
@@ -148,7 +149,7 @@ def _check_length(subject: Subject, longest: int, max_new_tokens: int) -> None:
 
 def _generate(subject: Subject, row: list[int], decoding: _Decoding, streamer: TextPieces | None) -> list[int]:
     model, tokenizer = subject.model, subject.tokenizer
-    ids = torch.tensor([row], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([row], device=input_device(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling: dict[str, Any] = {"do_sample": bool(decoding.temperature), "temperature": decoding.temperature or None}
     if not decoding.temperature:
@@ -156,7 +157,8 @@ def _generate(subject: Subject, row: list[int], decoding: _Decoding, streamer: T
         sampling |= {"top_p": None, "top_k": None}
     with torch.random.fork_rng():
         torch.manual_seed(decoding.seed)
-        out = model.generate(
+        generate: Any = model.generate  # whose type PreTrainedModel does not have
+        out = generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=decoding.max_new_tokens,

@@ -51,7 +51,7 @@ def measure(  # noqa: PLR0913 - the options of its measurements, each by its nam
         bos: Whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
         criterion: What counts as massive, and as the ME layer.
         max_batch_tokens: Tokens in one forward pass.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         mask: What is applied to the model already, to be recorded.
         name: What to call the model in the result.
         part: From the number of a measurement, 0 to 2, when it begins, to what it reports to.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,6 @@ Key = tuple[str | None, float]
 class MaskGrid:
     """What the masks of a sweep have in common."""
 
-    parts: Mapping[str, str] | None
-    """Names of parts that were given, for the mask, which reads the model by itself."""
     strength: float
     layers: tuple[int, ...] | None
     """The masked blocks; None for all with softmax attention after the ME layer."""
@@ -40,7 +38,7 @@ class MaskGrid:
 
     def require_fit(self, subject: Subject, selector: str, rate: float) -> None:
         """Raises InputError where such a mask does not fit the model; block 0 stands for the ME layer."""
-        with self.under(subject, WeMask(selector=selector, rate=rate, me_layer=0, **self._options)):  # type: ignore[arg-type]
+        with under(subject, WeMask(selector=selector, rate=rate, me_layer=0, **self._options)):  # type: ignore[arg-type]
             pass
 
     def mask(self, located: LocateResult, key: Key) -> WeMask | None:
@@ -49,10 +47,6 @@ class MaskGrid:
         if selector is None:
             return None
         return WeMask.from_located(located, selector=selector, rate=rate, **self._options)
-
-    def under(self, subject: Subject, mask: WeMask | None) -> AbstractContextManager[None]:
-        """The mask, if there is one, is at work on the model inside the context."""
-        return nullcontext() if mask is None else mask.apply(subject.model, parts=self.parts)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -75,13 +69,18 @@ class PointSettings:
     """Of the same cut into sequences of T."""
 
 
+def under(subject: Subject, mask: WeMask | None) -> AbstractContextManager[None]:
+    """The mask, if there is one, is at work on the model inside the context."""
+    return nullcontext() if mask is None else mask.apply(subject.decoder)
+
+
 def measured_point(
     subject: Subject, located: LocateResult, masks: MaskGrid, key: Key, settings: PointSettings, bar: Bar
 ) -> tuple[SweepPoint, list[str]]:
     """The figures of one setting, and what was warned of meanwhile."""
     mask = masks.mask(located, key)
     texts, bos, max_batch_tokens = settings.texts, settings.bos, settings.max_batch_tokens
-    with collected() as said, masks.under(subject, mask):
+    with collected() as said, under(subject, mask):
         drawn = sinks_on(
             subject,
             T=settings.T,
@@ -93,7 +92,7 @@ def measured_point(
             progress=bar.part(settings.n_tokens_cut),
         )
     # Each context of a mask says once whether it has a target; only the sequences measured above matter.
-    with collected(), masks.under(subject, mask):
+    with collected(), under(subject, mask):
         predicted = perplexity_on(
             subject,
             T=settings.T,

@@ -70,7 +70,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, each by its name
         bos: Whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
         criterion: What counts as massive, and as the ME layer, which is located once, on the plain model.
         max_batch_tokens: Tokens in one forward pass.
-        parts: Names of parts that `architecture.read` does not find by itself.
+        parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model in the result.
         progress: Called with the tokens done and the tokens in all.
         resume: A file that each finished setting is appended to at once. The settings that it holds already are
@@ -92,7 +92,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, each by its name
     subject = Subject.of(model, tokenizer, parts=parts, name=name)
     n_tokens = sum(map(len, subject.rows(run_texts, bos=bos)))
     rows = subject.windows(run_texts, T, bos=bos)
-    masks = MaskGrid(parts, strength, None if layers is None else tuple(layers), seed)
+    masks = MaskGrid(strength, None if layers is None else tuple(layers), seed)
     # Whatever is wrong with a mask is wrong before anything has run, too.
     for selector in selectors:
         masks.require_fit(subject, selector, max(rates))

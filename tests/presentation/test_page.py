@@ -1,0 +1,120 @@
+"""The page writer: what every report has in common, and that nothing is lost when it cannot be written."""
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+import melayer
+from hand_made import HOSTILE
+from melayer.errors import OutputError
+from melayer.presentation import figures
+from melayer.presentation.page import Page, check_writable, versions_fact, write_page
+from melayer.presentation.sections import Plot, Section, Table
+
+ESCAPED = HOSTILE.replace("<", "&lt;").replace(">", "&gt;")
+PLOT = Plot("p", "Plot", "It is.", "Read it.", {"data": [], "layout": {}})
+SECTIONS = (
+    Section("first", "First", f"The answer: {HOSTILE}.", (Table("table", ["a"], [[1]]),)),
+    Section("second", "Second", "The second answer.", (PLOT,)),
+)  # fmt: skip
+PAGE = Page(
+    HOSTILE, SECTIONS, (f"A note on {HOSTILE}.",), [("Model", HOSTILE)], {"found": {"a": 1.5}}, {"device": "cpu"}
+)
+
+
+def own_part(path: Path) -> str:
+    """The page without plotly.js and our own script."""
+    return re.sub(r"<script>.*?</script>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def facts(html: str) -> list[tuple[str, str]]:
+    return re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", html)
+
+
+def test_the_page_says_what_it_was_given(tmp_path):
+    written = write_page(PAGE, tmp_path / "a" / "b", command=f"melayer '{HOSTILE}'")
+    assert (written.html, written.json) == (tmp_path / "a/b/report.html", tmp_path / "a/b/report.json")
+    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["report.html", "report.json"]
+    html = own_part(written.html)
+    assert f"<title>Massive activations of {ESCAPED}</title>" in html
+    assert f"<h1>{ESCAPED}</h1>" in html
+    assert f'<p class="note">A note on {ESCAPED}.</p>' in html
+    assert "<b>" not in html
+    # The page opens with the first section's answer, which is not said again.
+    assert re.findall(r'<p class="answer">(.*?)</p>', html) == [f"The answer: {ESCAPED}.", "The second answer."]
+    assert [name for name, _ in facts(html)] == ["Model", "Made", "Command"]
+    assert facts(html)[2][1] == f"melayer &#39;{ESCAPED}&#39;"
+
+
+def test_the_values_are_beside_it_with_their_provenance(tmp_path):
+    written = write_page(PAGE, tmp_path, command="melayer x")
+    values = json.loads(written.json.read_text(encoding="utf-8"))
+    assert list(values) == ["melayer_version", "provenance", "found"]
+    assert values["melayer_version"] == melayer.__version__
+    assert values["found"] == {"a": 1.5}
+    date = values["provenance"].pop("date")
+    assert values["provenance"] == {"command": "melayer x", "device": "cpu"}
+    assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(date) < timedelta(minutes=5)
+    assert ("Made", date) in facts(own_part(written.html))
+
+
+def test_without_a_command_none_is_named(tmp_path):
+    written = write_page(PAGE, str(tmp_path))
+    assert [name for name, _ in facts(own_part(written.html))] == ["Model", "Made"]
+    assert json.loads(written.json.read_text())["provenance"]["command"] is None
+
+
+def test_no_text_closes_the_script_that_holds_the_figures(tmp_path):
+    line = figures.line("a", ["</script><script>alert(1)</script>"], [1.0], figures.stroke(figures.BLUE))
+    plot = Plot("p", "Plot", "It is.", "Read it.", figures.figure([line], None, {}))
+    section = Section("s", "S", "Answer.", (plot,))
+    html = write_page(Page("m", [section], (), (), {}), tmp_path).html.read_text(encoding="utf-8")
+    held = re.search(r'<script type="application/json" id="figures">(.*?)</script>', html, re.DOTALL).group(1)
+    assert "<" not in held
+    assert json.loads(held)["p"]["data"][0]["x"] == ["</script><script>alert(1)</script>"]
+
+
+def test_a_number_that_is_none_is_an_error_and_no_page(tmp_path):
+    """JSON has no NaN, and a browser would not read it."""
+    write_page(PAGE, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    broken = Page("m", SECTIONS, (), (), {"found": float("nan")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_page(broken, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_versions():
+    assert versions_fact({"torch": "2.13", "python": "3.11"}) == ("Versions", "torch 2.13, python 3.11")
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/melayer")):
+        for write in (check_writable, lambda out: write_page(PAGE, out)):
+            with pytest.raises(
+                OutputError, match=f"The report cannot be written to {out}: .* Give another directory with --out."
+            ):
+                write(out)
+
+
+def test_trying_leaves_nothing_but_the_directory(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize(("limit", "name"), [(100, "report.json"), (30_000, "report.html")])
+def test_a_full_disk_keeps_the_old_report(limit, name, tmp_path, room):
+    write_page(PAGE, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    room(limit)
+    with pytest.raises(
+        OutputError,
+        match=f"{name} cannot be written: File too large. Free some space or give another directory with --out.",
+    ):
+        write_page(PAGE, tmp_path)
+    room(None)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
