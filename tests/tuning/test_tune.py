@@ -13,6 +13,7 @@ import small_runs
 import toys
 from command import defaults, failing, run
 from melayer import cli
+from melayer.cli import tuning as commands
 from melayer.errors import MelayerWarning
 from melayer.interventions.mask import WeMask
 
@@ -197,7 +198,7 @@ def test_options_have_the_names_and_defaults_of_the_functions():
     elsewhere = {"model", "tokenizer", "data", "out", "mask", "lora", "columns", "validation", "limit", "rewards"}
     elsewhere |= {"parts", "name", "progress"}
     for method in ("sft", "dpo", "grpo"):
-        options, function = defaults(getattr(cli, f"{method}_command")), defaults(getattr(melayer, method))
+        options, function = defaults(getattr(commands, f"{method}_command")), defaults(getattr(melayer, method))
         for name, default in function.items():
             if name not in elsewhere:
                 assert options[name] == default, (method, name)

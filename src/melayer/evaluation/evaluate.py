@@ -122,31 +122,31 @@ class _Questions:
     variants: Mapping[str, Variant | None]
 
 
-def _answer_missing(asked: _Questions, store: Store, progress: Progress | None) -> None:
+def _answer_missing(questions: _Questions, store: Store, progress: Progress | None) -> None:
     """Every batch that a variant has not answered yet, dealt to the processes; answers are kept as they come."""
-    batches = [(task, batch) for task, found in asked.items.items() for batch in item_batches(found, asked.lm)]
+    batches = [(task, batch) for task, found in questions.items.items() for batch in item_batches(found, questions.lm)]
     missing = [
         (task, batch, label)
-        for (task, batch), label in itertools.product(batches, asked.variants)
+        for (task, batch), label in itertools.product(batches, questions.variants)
         if not all((task, label, item.key) in store.records for item in batch)
     ]
-    total = sum(len(found) for found in asked.items.values()) * len(asked.variants)
+    total = sum(len(found) for found in questions.items.values()) * len(questions.variants)
     done = total - sum(len(batch) for _, batch, _ in missing)
     for place, (task, batch, label) in enumerate(missing):
         if place % store.group.size == store.group.rank:
-            store.add(_answers(asked, task, batch, label))
+            store.add(_answers(questions, task, batch, label))
         done += len(batch)
         if progress is not None:
             progress(done, total)
 
 
-def _answers(asked: _Questions, task: str, batch: Sequence[Item], label: str) -> list[StoredAnswer]:
+def _answers(questions: _Questions, task: str, batch: Sequence[Item], label: str) -> list[StoredAnswer]:
     """A batch answered under a variant."""
-    variant, started = asked.variants[label], time.perf_counter()
+    variant, started = questions.variants[label], time.perf_counter()
     with ExitStack() as stack:
         if variant is not None:
-            stack.enter_context(variant.apply(asked.subject.decoder))
-        responses = answer(batch, asked.lm)
+            stack.enter_context(variant.apply(questions.subject.decoder))
+        responses = answer(batch, questions.lm)
     seconds = (time.perf_counter() - started) / len(batch)
     return [
         StoredAnswer(
