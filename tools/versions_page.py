@@ -36,6 +36,9 @@ NOTES = """\
 - Python 3.10 is not supported: transformers needs 3.11 from 5.21 on.
 - transformers before 5.23 is not allowed. From 5.0 on the core runs with it, but the tokenizers that it reads from a
   GGUF file are wrong: 5.0's adds a begin-of-sequence token, 5.8's has the wrong end of sequence.
+- Before there was a matrix, the whole suite passed on Python 3.11 with torch 2.13.0, transformers 5.23.0 and 5.24.0,
+  accelerate 1.10.0 to 1.15.0, gguf 0.17.1 to 0.19.0, numpy 2.0.2 to 2.4.6, plotly 6.4.0 to 7.1.0.
+- jinja2 before 3.1.6 is not allowed: transformers refuses to render a chat template with it.
 - What is oldest depends on the Python: of the packages with compiled parts, the oldest release that has a wheel for it.
 """
 
@@ -107,17 +110,20 @@ def page() -> str:
         seen.sort(key=Version)
         label = f"{name} (`melayer[{extra}]`)" if extra else name
         packages.append((label, *((seen[0], seen[-1]) if seen else ("not run", "not run"))))
-    failures = [
-        f"- Python {record['python']}, {record['dependencies']} dependencies: `{name}` failed.\n"
-        for record in records
-        for name in record["failures"]
-    ]
+    failed: dict[str, list[str]] = {}
+    for record in records:
+        for name in record["failures"]:
+            failed.setdefault(name, []).append(f"{record['python']} {record['dependencies']}")
+    failures = [(f"`{name}`", ", ".join(sessions)) for name, sessions in sorted(failed.items())]
+    # A record may hold a note, added by hand: what is known about a failure.
+    notes = dict.fromkeys(record["note"] for record in records if "note" in record)
     return "\n".join(
         [
             HEAD,
             table(head, rows),
             *(wrapped(f"Part {number} is what `nox -- {command}` runs.") for command, number in parts.items()),
-            *(["".join(failures)] if failures else []),
+            *([table(("test that failed", "with"), failures)] if failures else []),
+            *map(wrapped, notes),
             "The oldest and the newest version of each package in these runs:\n",
             table(("package", "oldest", "newest"), packages),
             NOTES,
