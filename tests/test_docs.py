@@ -57,11 +57,9 @@ def same_up_to_rounding(line: str, other: str) -> bool:
     if NUMBER.sub("#", line) != NUMBER.sub("#", other):
         return False
     for one, two in zip(NUMBER.findall(line), NUMBER.findall(other), strict=True):
-        unit = 10.0 ** -len(one.partition(".")[2])
         measured = "." in one or "," in one  # counts, places and ratios below a thousand are what they are
-        if one != two and not (
-            measured and abs(float(one.replace(",", "")) - float(two.replace(",", ""))) < 1.5 * unit
-        ):
+        apart = abs(float(one.replace(",", "")) - float(two.replace(",", "")))
+        if one != two and not (measured and apart < 1.5 * 10.0 ** -len(one.partition(".")[2])):
             return False
     return True
 

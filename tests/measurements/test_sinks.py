@@ -27,6 +27,7 @@ def test_rates_are_those_of_eager_attention(family):
     with torch.no_grad():
         attentions = model(torch.tensor(rows), output_attentions=True, use_cache=False).attentions
     alphas = np.stack([matrix[:, :, :, 0].mean(dim=-1).numpy() for matrix in attentions if matrix is not None])
+    assert np.abs(alphas - 0.06).min() > 5e-5  # none stands where rounding decides whether it is a sink
     layers = [layer for layer, alpha in enumerate(result.alpha) if alpha is not None]
     np.testing.assert_allclose([result.alpha[layer] for layer in layers], alphas.mean(axis=1), atol=1e-4)
     assert result.rate == pytest.approx((alphas > 0.06).mean(), abs=1e-6)
