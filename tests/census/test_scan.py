@@ -15,10 +15,11 @@ import toys
 from command import failing
 from command import run as melayer_command
 from melayer.census import state as scan_state
+from melayer.census import worker
 from melayer.census.observe import SITES
 from melayer.census.scan import scan
 from melayer.data.corpus import Corpus
-from melayer.data.rows import batches
+from melayer.data.rows import Row, batches
 from melayer.errors import InputError, OutputError, ProcessError
 from melayer.model import wiring
 from melayer.runs.processes import Group
@@ -101,7 +102,7 @@ def test_figures_are_those_of_the_stored_activations(model, corpus):
     for text in texts():
         ids = tokenizer(text)["input_ids"]
         for start in range(0, len(ids), 16):
-            row = melayer.inputs.Row(0, "", tuple(ids[start : start + 16]), (), 0, False)
+            row = Row(0, "", tuple(ids[start : start + 16]), (), 0, False)
             (given,) = batches([row])
             found, activations = stored(decoder, given, result.total.census.places)
             check(found, activations, given)
@@ -426,7 +427,7 @@ def killed_scan(when, *arguments):
         if len(kept) == 2 and when == "after it wrote":
             children.kill()
         if len(kept) == 2 and when == "while it measures":
-            scan.__globals__["observe"] = lambda *_: children.kill()
+            worker.observe = lambda *_: children.kill()
 
     scan_state.write = writing
     children.command(*arguments)
@@ -471,7 +472,7 @@ def test_killed_while_it_measures_and_while_it_writes(toy_directory, corpus, tmp
         assert children.ended(children.started(killed_scan, when, *arguments)) == -signal.SIGKILL
         kept = scan_state.State.from_bytes(scan_state.path_of(out, 0).read_bytes())
         done.append(kept.shares[0, 1].until)
-        assert bool(list(out.glob(".scan*"))) == (when != "after it wrote")
+        assert bool(list(out.glob(".melayer-*"))) == (when != "after it wrote")
     assert 0 < done[0] <= done[1] < done[2] < COUNT
     last = melayer_command(*arguments)
     assert last.exit_code == 0, last.output
