@@ -105,6 +105,18 @@ def test_text_is_compared_line_by_line_without_what_differs_from_run_to_run(comp
     assert "0.stdout:1" in told
 
 
+def test_figures_of_a_page_are_values_whatever_the_order_of_their_keys(compared, tmp_path):
+    page = '<html>\n<script type="application/json" id="figures">{}</script>\n</html>\n'
+    first, same, other = (
+        recording(tmp_path / name, page.format(json.dumps({"a": values})))
+        for name, values in (("a", {"x": 1, "y": [2]}), ("b", {"y": [2], "x": 1}), ("c", {"y": [3], "x": 1}))
+    )
+    assert compared(first, same)[0]
+    differs, told = compared(first, other)
+    assert not differs
+    assert "0.stdout:2 .a.y[0]: 2 became 3" in told
+
+
 def test_exit_codes_stderr_and_files_count(compared, tmp_path):
     given = {"stderr": "melayer: no.", "code": 2, "files": [("report.json", '{"a": 1}'), ("scan.0.state", "1")]}
     first = recording(tmp_path / "a", **given)

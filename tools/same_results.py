@@ -61,6 +61,7 @@ _NORMALISED = (
     (re.compile(r"[\d,.]+ s in (\d+ process)"), r"<seconds> s in \1"),
     (re.compile(r"/tmp/tmp\w+"), "<temporary>"),
 )
+_FIGURES = re.compile(r'<script type="application/json" id="figures">(.*)</script>')
 _NUMBER = re.compile(r"([-+−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?)")
 
 
@@ -317,14 +318,20 @@ def file_leaves(path: Path, name: str, roots: list[tuple[str, str]]) -> Iterator
         yield from text_leaves(text, name, roots)
 
 
+def _in_order(figures: str) -> str:
+    return json.dumps(json.loads(figures), sort_keys=True)
+
+
 def text_leaves(text: str, name: str, roots: list[tuple[str, str]]) -> Iterator[tuple[str, Any]]:
     """JSON as values, anything else, and JSON lines among it, line by line."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError:
         for number, line in enumerate(text.splitlines(), start=1):
+            # The figures of a page: nobody reads their keys in order.
+            figures = _FIGURES.fullmatch(line.strip())
             try:
-                values = json.loads(line)
+                values = json.loads(line if figures is None else _in_order(figures[1]))
             except json.JSONDecodeError:
                 yield f"{name}:{number}", normalised(line, roots)
             else:
