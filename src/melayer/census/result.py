@@ -19,6 +19,7 @@ from melayer.data.rows import token_text, visible
 from melayer.measurements.criterion import Criterion, find_me_layer
 from melayer.model.provenance import ModelInfo
 from melayer.numerics import histogram
+from melayer.numerics.finite import finite
 from melayer.version import __version__
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def _part(
 def _row(census: Census, place: int, tokenizer: PreTrainedTokenizerBase) -> PlaceRow:
     site, layer = census.places[place]
     document, window, token, dim, token_id = map(int, census.found_at[place])
-    value = _finite(census.maxima[place])
+    value = finite(census.maxima[place])
     mean, variance, kurtosis = census.moments(place)
     by_size = np.argsort(-np.nan_to_num(census.dim_maxima[place], nan=np.inf), kind="stable")[:_TOP_DIMS]
     counted = census.counts[place]
@@ -315,9 +316,9 @@ def _row(census: Census, place: int, tokenizer: PreTrainedTokenizerBase) -> Plac
         mean=mean,
         variance=variance,
         kurtosis=kurtosis,
-        quantiles={f"{share:g}": _finite(histogram.quantile(counted, share)) for share in QUANTILES},
+        quantiles={f"{share:g}": finite(histogram.quantile(counted, share)) for share in QUANTILES},
         beyond_fp16=histogram.overflowing(counted),
-        top_dims=tuple((int(found), _finite(census.dim_maxima[place][found])) for found in by_size),
+        top_dims=tuple((int(found), finite(census.dim_maxima[place][found])) for found in by_size),
     )
 
 
@@ -360,7 +361,3 @@ def _growth(census: Census, rows: Sequence[PlaceRow]) -> dict[str, tuple[tuple[i
         if row.site not in largest or _size(row) > _size(rows[largest[row.site]]):
             largest[row.site] = place
     return {site: tuple(census.growth(place)) for site, place in largest.items() if rows[place].max_abs is not None}
-
-
-def _finite(value: float | np.floating[Any] | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None

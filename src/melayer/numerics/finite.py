@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def finite(value: float | np.floating[Any]) -> float | None:
-    """The value as a plain number; None where it is NaN or infinite."""
-    return float(value) if math.isfinite(value) else None
+def finite(value: float | np.floating[Any] | None) -> float | None:
+    """The value as a plain number; None where it is NaN, infinite, or not there."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def finite_all(values: NDArray[np.floating[Any]]) -> tuple[float | None, ...]:
