@@ -86,10 +86,18 @@ def test_the_chunked_way_and_the_kernel_agree():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_tokens", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
+def test_half_precision(dtype, n_tokens):
     whole, half = sharp("llama"), sharp("llama").to(dtype)
-    ids, mask, _ = padded(64, "none")
+    ids, mask, _ = padded(n_tokens, "none")
+    try:
+        half(ids, attention_mask=mask)
+    except RuntimeError as error:
+        # With ATEN_CPU_CAPABILITY below what the processor has, torch's own SDPA may not run on 64 tokens in bfloat16.
+        if "pack_vnni2" not in str(error):
+            raise
+        pytest.skip(f"this model does not run here: {error}")
     drawn = []
     for model in (whole, half):
         with torch.no_grad(), attention.listen(wiring.read(model), [[0]] * 3, mask) as found:
