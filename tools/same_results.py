@@ -1,8 +1,8 @@
 """Show that two source trees give the same results, or where they do not.
 
-    python tools/same_results.py record OLD/src /tmp/before --toys /tmp/toys
-    python tools/same_results.py record src /tmp/after --toys /tmp/toys
-    python tools/same_results.py compare /tmp/before /tmp/after
+    python tools/same_results.py record OLD/src before --toys toys
+    python tools/same_results.py record src after --toys toys
+    python tools/same_results.py compare before after
 
 `record` runs each case of `same_results_cases.py` (every command on the demo model and on toys of several families,
 many options, bad input, all help texts, the public names) with that tree in front on PYTHONPATH. It keeps what the

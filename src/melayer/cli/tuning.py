@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melayer.cli.options import Epsilon, FirstTokens, Model, Options, TuneOptions, flat
+from melayer.cli.options import Epsilon, FirstTokens, Model, Options, flat
 from melayer.cli.output import answer, command_line, require_writable
 from melayer.cli.session import Advance, load, progress
+from melayer.cli.tuning_options import TuneOptions
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
