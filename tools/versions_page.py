@@ -34,8 +34,11 @@ NOTES = """\
 ## What is known beyond that
 
 - Python 3.10 is not supported: transformers needs 3.11 from 5.21 on.
-- transformers before 5.23 is not allowed. From 5.0 on the core runs with it, but the tokenizers that it reads from a
-  GGUF file are wrong: 5.0's adds a begin-of-sequence token, 5.8's has the wrong end of sequence.
+- transformers before 5.24 is not allowed. From 5.0 on the core runs with it, but the tokenizers that it reads from a
+  GGUF file are wrong (5.0's adds a begin-of-sequence token, 5.8's has the wrong end of sequence), and with 5.23 a chat
+  template's marks of the assistant's turns are not where the loss is (`tests/tuning/test_run.py`).
+- accelerate before 1.15 is not allowed: it refuses a `device_map` that puts all blocks on the disk
+  (`tests/cli/test_scanning.py`; 1.10.1 to 1.14.0 tried).
 - Before there was a matrix, the whole suite passed on Python 3.11 with torch 2.13.0, transformers 5.23.0 and 5.24.0,
   accelerate 1.10.0 to 1.15.0, gguf 0.17.1 to 0.19.0, numpy 2.0.2 to 2.4.6, plotly 6.4.0 to 7.1.0.
 - jinja2 before 3.1.6 is not allowed: transformers refuses to render a chat template with it.
