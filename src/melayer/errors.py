@@ -68,6 +68,47 @@ def require_known(
         raise error(f"{said}; expected {expected} {', '.join(names)}.{meant}")
 
 
+@contextmanager
+def border(said: str, todo: str, *, error: type[MelayerError] = InputError) -> Iterator[None]:
+    """Whatever others raise inside becomes one sentence of ours, so that no trace of theirs reaches a user.
+
+    For every place where something comes in that we did not make: a path, a config, a tokenizer, a template, a row,
+    a state, an option, a call of a library. What we raise ourselves passes, and so does what stops a program.
+
+    Args:
+        said: What was being done with which thing, for example "config.json of org/name cannot be read".
+        todo: What to do, a sentence.
+        error: What is raised.
+    """
+    try:
+        yield
+    except (MelayerError, MelayerWarning):
+        raise
+    except BaseException as caught:
+        # A panic in Rust (tokenizers, safetensors) arrives as a BaseException that is not an Exception.
+        if not isinstance(caught, Exception) and type(caught).__name__ != "PanicException":
+            raise
+        raise error(f"{said}: {reason(caught)}. {todo}") from caught
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line without a full stop at its end, whatever kind of error it is."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[error.start : error.end]!r} is no character that can be written as {error.encoding}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not {error.encoding}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = first_line(error)
+    if isinstance(error, KeyError | IndexError) or line == "":
+        line = f"{type(error).__name__}: {line}"
+    return (line if len(line) <= 300 else line[:299] + "…").rstrip(".")
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, without its further lines; the error's name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,76 @@
+"""Files of ours read back: every field is of the type that it should be, or nothing of the file is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from melayer.errors import InputError, MelayerError, reason
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
+Kind = TypeVar("Kind")
+
+
+def parse(
+    content: str | bytes,
+    kind: type[Kind] | TypeAdapter[Kind],
+    said: str,
+    todo: str,
+    error: type[MelayerError] = InputError,
+) -> Kind:
+    """A value of a type from JSON, checked whole and without conversions: `"12"` is no number, `1` no text.
+
+    Args:
+        content: The JSON, as text or UTF-8.
+        kind: A dataclass, a TypedDict or another annotation that pydantic knows, or pydantic's adapter of one.
+        said: What it was read as, for example "mask.json cannot be read as a mask".
+        todo: What to do, a sentence.
+        error: What is raised.
+
+    Returns:
+        The value; JSON's lists become tuples where the type has tuples.
+
+    Raises:
+        InputError: It is no JSON or of another type; the sentence names the first field that is wrong.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
+    try:
+        return adapter.validate_json(content, strict=True)
+    except ValidationError as invalid:
+        raise error(f"{said}: {_first(invalid)}. {todo}") from invalid
+    except (ValueError, RecursionError, MemoryError) as other:  # what a field's own check or constructor raises
+        raise error(f"{said}: {reason(other)}. {todo}") from other
+
+
+def read(
+    path: Path, kind: type[Kind] | TypeAdapter[Kind], said: str, todo: str, error: type[MelayerError] = InputError
+) -> Kind:
+    """`parse` of a file.
+
+    Raises:
+        FileNotFoundError: There is none, which means something else at each place.
+        InputError: It cannot be read, or as `parse`.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as unreadable:
+        raise error(f"{said}: {reason(unreadable)}. {todo}") from unreadable
+    return parse(content, kind, said, todo, error)
+
+
+def _first(invalid: ValidationError) -> str:
+    """The first thing that is wrong: where, what is asked, what stands there."""
+    first: Any = invalid.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    what = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
+    if first["type"] in ("value_error", "json_invalid", "missing"):
+        return f"{where}: {what}" if where else what
+    given = repr(first["input"])
+    given = given if len(given) <= 60 else given[:59] + "…"
+    return f"{where or 'it'}: {what[:1].lower()}{what[1:]}, and {given} stands there"
