@@ -1,6 +1,6 @@
 import pytest
 
-import running
+from hostile import running
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import children
-import running
+from hostile import running
 from melayer import cli
 
 VALUES = {
