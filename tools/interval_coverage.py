@@ -1,6 +1,6 @@
 """How often intervals of paired differences hold the true difference; prints the tables of `docs/statistics.md`.
 
-    python tools/interval_coverage.py shares|tests|means|parts [--simulations 4000] [--resamples 999] [--seed 7]
+    python tools/interval_coverage.py shares|tests|means|parts [--simulations 2000] [--resamples 999] [--seed 7]
 
 Protocol (nominal 95 %):
 
@@ -130,7 +130,8 @@ def share_cells(options: argparse.Namespace) -> Iterator[tuple[int, float, float
                 for name, ((low, high), weight) in found.items():
                     above, below = (float(weight[off].sum()) for off in (low > truth + 1e-12, high < truth - 1e-12))
                     width = float((weight * (high - low)).sum() / weight.sum())
-                    yield n, differing, net, name, *(100 * x for x in (1 - above - below, above, below, width))
+                    covered = 1 - above - below
+                    yield n, differing, net, name, 100 * covered, 100 * above, 100 * below, 100 * width
 
 
 def print_shares(options: argparse.Namespace) -> None:
@@ -142,10 +143,9 @@ def print_shares(options: argparse.Namespace) -> None:
     for n in SIZES:
         for name in names:
             some = [cell for cell in cells if (cell[0], cell[3]) == (n, name)]
-            covered, side, width = [c[4] for c in some], [max(c[5], c[6]) for c in some], [c[7] for c in some]
-            print(
-                f"| {n} | {name} | {min(covered):.1f} | {np.mean(covered):.1f} | {max(side):.1f} | {np.mean(width):.2f} |"
-            )
+            covered, side = [cell[4] for cell in some], max(max(cell[5], cell[6]) for cell in some)
+            width = np.mean([cell[7] for cell in some])
+            print(f"| {n} | {name} | {min(covered):.1f} | {np.mean(covered):.1f} | {side:.1f} | {width:.2f} |")
     print("\n| items that differ (expected) | " + " | ".join(names) + " |")
     print("|---|" + "---|" * len(names))
     for least, most in ((0, 2), (2, 5), (5, 10), (10, 20), (20, 50), (50, 1000)):
@@ -277,7 +277,7 @@ def main() -> None:
     """Prints one of the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("table", choices=["shares", "tests", "means", "parts"])
-    parser.add_argument("--simulations", type=int, default=4000)
+    parser.add_argument("--simulations", type=int, default=2000)
     parser.add_argument("--resamples", type=int, default=999)
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()

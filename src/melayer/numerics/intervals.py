@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,8 @@ def paired_share_interval(
         q = (np.sqrt(np.maximum(linear**2 - 8 * n * constant, 0)) - linear) / (4 * n)
         score = won - lost - n * d
         length = np.hypot(score, z * np.sqrt(np.maximum(n * (2 * q + d * (1 - d)), 0)))
-        return np.divide(score, length, out=np.zeros_like(score), where=length > 0) - side * np.sqrt(0.5)
+        share: Values = np.divide(score, length, out=np.zeros_like(score), where=length > 0)
+        return share - side * math.sqrt(0.5)
 
     found, ones = (won - lost) / n, np.ones_like(won)
     low = elementwise.find_root(excess, (-ones, found), args=(won, lost, 1.0)).x
