@@ -86,5 +86,4 @@ def left_out_note(task: str, left_out: Mapping[str, str], n: int, what: str) -> 
     """
     named = "; ".join(f"{item}: {why}" for item, why in list(left_out.items())[:LISTED])
     more = f"; and {len(left_out) - LISTED} more" if len(left_out) > LISTED else ""
-    is_are = "item" if len(left_out) == 1 else "items"
-    return f"{len(left_out)} of {n} {is_are} of {task} {what} and left out ({named}{more})."
+    return f"{len(left_out)} of {n} items of {task} left out, which {what} ({named}{more})."

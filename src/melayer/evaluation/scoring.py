@@ -125,7 +125,8 @@ def _score(
     if not values:
         return None
     low, high = _interval(kind, values)
-    return Score(task, metric, variant, together(kind, values), low, high, len(values), kind, primary, n_cut, unknown)
+    value = finite(together(kind, values))
+    return Score(task, metric, variant, value, low, high, len(values), kind, primary, n_cut, unknown)
 
 
 def _aggregated(aggregate: Callable[[list[Any]], float], raw: list[Any]) -> float | None:

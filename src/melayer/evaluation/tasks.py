@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def _unprepared(task: str, folder: str, row: Mapping[str, Any]) -> str | None:
     return None
 
 
+@cache
 def _manager(folder: str | None) -> Any:
     """lm-eval's list of tasks: of one folder, or all."""
     import lm_eval.tasks

@@ -15,6 +15,8 @@ Values = npt.NDArray[np.float64]
 
 LEVEL = 0.95
 """Of confidence."""
+FEW = 20
+"""Of fewer items `ratio_interval` can cover less than 92 % where their changes are skewed or their sizes differ."""
 
 
 def paired_share_interval(
