@@ -408,7 +408,7 @@ def evaluated(*, compared: bool = True) -> EvalResult:
         Change("wikitext2", "word_perplexity", HOSTILE, "plain", "word_perplexity", True, losses),
     )
     scores = [
-        Score("gsm8k", "exact_match", variant, value, value - 0.15, value + 0.15, 40, "mean", True)
+        Score("gsm8k", "exact_match", variant, value, value - 0.15, value + 0.15, 40, "mean", True, 4)
         for variant, value in (("plain", 0.5), (HOSTILE, 0.525))
     ]
     scores += [

@@ -13,7 +13,7 @@ from melayer.interventions.mask import Selector, WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, Origin, criterion_settings, origin_of
 from melayer.model.subject import Subject
-from melayer.numerics.paired import LEVEL
+from melayer.numerics.intervals import LEVEL
 from melayer.quantisation.calibration import GRANULARITIES, ScaleSet
 from melayer.quantisation.check import Check
 from melayer.quantisation.choices import Choices
