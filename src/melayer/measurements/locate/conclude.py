@@ -131,7 +131,7 @@ def _notes_on_peak(me_layer: int | None, peak: Peak | None) -> Iterator[str]:
     """What goes by the ME layer goes by a block after which little of the peak stands."""
     if peak is not None and peak.standing_share < HALF:
         yield (
-            f"At the output of block {me_layer} {share(peak.standing_share)} of the peak stands. What goes by the ME "
+            f"Of the peak {share(peak.standing_share)} stands at the output of block {me_layer}. What goes by the ME "
             "layer (figures “after the ME layer”, the default blocks of a mask) begins there all the same, before most "
             "of the growth; to mask other blocks, name them (--layers)."
         )

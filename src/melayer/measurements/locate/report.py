@@ -10,7 +10,7 @@ import numpy as np
 from melayer.data.rows import visible
 from melayer.measurements.locate.figures import Trace
 from melayer.measurements.locate.result import LocateResult
-from melayer.measurements.locate.words import growth
+from melayer.measurements.locate.words import growth, kind
 from melayer.presentation import figures
 from melayer.presentation.figures import BLOCK, BLUE, GREY, ORANGE, VERMILLION, axis, hover, label, stroke
 from melayer.presentation.numbers import number, percent, rounded
@@ -193,7 +193,7 @@ def _stages(result: LocateResult) -> Table:
         "Stages",
         ["", "block", "share", "by attention", "by FFN", "largest |h|", "ratio to median"],
         [row("adds", stage.layer) for stage in result.stages] + [row("erases", layer) for layer in result.erased_at],
-        takeaway=f"Emergence: {result.emergence}{'; ' + growth(result) if result.shares else ''}.",
+        takeaway=f"Emergence: {kind(result)}{'; ' + growth(result) if result.shares else ''}.",
     )
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from melayer.data.rows import visible
-from melayer.measurements.locate.words import has_later_peak
+from melayer.measurements.locate.words import has_later_peak, kind
 from melayer.presentation.tables import ABSENT, change, number, print_answer, print_text, table
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _stages(result: LocateResult) -> Table:
         if row.layer in stages or row.layer in result.erased_at:
             does = "adds" if row.share > 0 else "erases"
             rows.append([row.layer, does, *map(change, (row.share, row.attn_share, row.ffn_share))])
-    return table(f"Emergence: {result.emergence}", columns, rows)
+    return table(f"Emergence: {kind(result)}", columns, rows)
 
 
 def _massive(result: LocateResult) -> Table:

@@ -32,12 +32,12 @@ def answer(result: LocateFigures) -> str:
     if peak is None:
         return f"The ME layer is {at}: there {there}; its growth could not be followed{_end(result)}."
     if peak.me_share >= STAGE_SHARE:
-        only = f"; {_only_first(result.me_layer)}" if _is_spread(peak, result.me_layer) else ""
+        only = _only_first(peak, result.me_layer) if _is_spread(peak, result.me_layer) else ""
         later = f"; the peak is {_peak(row, peak)}" if has_later_peak(result) else ""
         return f"The ME layer is {at}: there {there}; {growth(result)}{later}{_end(result)}{only}."
     return (
         f"The criterion holds from {at} on: there {there}. By definition that is the ME layer, but block "
-        f"{result.me_layer} {_adds(peak.me_share)} of the peak, which is {_peak(row, peak)}; {growth(result)}"
+        f"{result.me_layer} {_adds(peak.me_share)}, which is {_peak(row, peak)}; {growth(result)}"
         f"{_end(result)}. {_verdict(peak)}"
     )
 
@@ -71,7 +71,7 @@ def growth(result: LocateFigures) -> str:
         how = f"it is created in stages ({', '.join(parts)})"
     elif most.share >= HALF:
         rest = f"{len(stages) - 1} more add at least 10% each" if len(stages) > 1 else "no other adds 10%"
-        how = f"most of it comes from block {most.layer} ({share(most.share)}), {rest}"
+        how = f"most of it comes from {_this(most.layer, result.me_layer)} ({share(most.share)}), {rest}"
     elif len(stages) > 1:
         how = (
             f"it grows gradually: {len(stages)} blocks add at least 10% each, block {most.layer} most "
@@ -84,11 +84,23 @@ def growth(result: LocateFigures) -> str:
     return how
 
 
+def kind(result: LocateFigures) -> str:
+    """The emergence in a few words, for a title."""
+    most = max(result.shares, key=lambda stage: stage.share, default=None)
+    if result.emergence == "gradual" and most is not None and most.share >= HALF:
+        return f"gradual, but mostly block {most.layer}"
+    return result.emergence
+
+
 def _single(most: Stage, me_layer: int | None) -> str:
     who = "this one block" if most.layer == me_layer else f"block {most.layer} alone"
     if most.share < MORE:
         return f"{who} creates it" + ("" if most.layer == me_layer else f" ({share(most.share)})")
     return f"{who} creates it and more ({share(most.share)} of what is left at the peak)"
+
+
+def _this(layer: int, me_layer: int | None) -> str:
+    return "this one block" if layer == me_layer else f"block {layer}"
 
 
 def _verdict(peak: Peak) -> str:
@@ -113,8 +125,10 @@ def _is_spread(peak: Peak, me_layer: int) -> bool:
     return peak.emergence == "gradual" and not (most.layer == me_layer and most.share >= HALF)
 
 
-def _only_first(me_layer: int) -> str:
-    return f"block {me_layer} is only the first after which the criterion goes on holding"
+def _only_first(peak: Peak, me_layer: int) -> str:
+    spread = peak.emergence == "gradual" and all(stage.share < HALF for stage in peak.shares)
+    who = "no one layer creates it, and " if spread else ""
+    return f"; {who}block {me_layer} is only the first after which the criterion goes on holding"
 
 
 def _at(row: BlockRow) -> str:
@@ -146,7 +160,7 @@ def has_later_peak(result: LocateFigures) -> bool:
 def _adds(value: float) -> str:
     """What a block does to the peak."""
     written = share(value)
-    return f"takes {share(-value)} away" if value < 0 and written.startswith("-") else f"adds {written}"
+    return f"writes against the peak ({written} of it)" if written.startswith("-") else f"adds {written} of the peak"
 
 
 def _end(result: LocateFigures) -> str:
@@ -155,7 +169,8 @@ def _end(result: LocateFigures) -> str:
         return f"; nothing behind block {result.blocks[-1].layer} was run"
     top = -1 if result.peak_layer is None else result.peak_layer
     before, after = ([at for at in result.erased_at if (at < top) == early] for early in (True, False))
-    said = f"; before the peak {_blocks(before)} take{'s' if len(before) == 1 else ''} of it away" if before else ""
+    taken = share(-sum(result.shares[at].share for at in before))
+    said = f"; before the peak {_blocks(before)} take{'s' if len(before) == 1 else ''} {taken} away" if before else ""
     return said + (f", and it is erased at {_blocks(after)}" if after else "")
 
 
