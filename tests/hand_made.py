@@ -16,18 +16,17 @@ from melayer.census.rounding_error import KINDS
 from melayer.evaluation.result import Change, Chosen, EvalResult, Score
 from melayer.interventions.mask import WeMask
 from melayer.measurements.criterion import Criterion
-from melayer.measurements.explain.result import (
+from melayer.measurements.explain.figures import (
     BudgetStep,
     Causes,
     Counterfactual,
     Direction,
     Driver,
     ExpertUse,
-    ExplainResult,
-    LayerExplanation,
     Neuron,
     TextCauses,
 )
+from melayer.measurements.explain.result import ExplainResult, LayerExplanation
 from melayer.measurements.locate.figures import (
     BlockRow,
     MassiveDim,
