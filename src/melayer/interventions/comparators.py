@@ -90,7 +90,10 @@ class SetMassive(_AtOneBlock):
 
     @classmethod
     def from_located(cls, located: LocateResult, *, to: Literal["zero", "mean"] = "zero") -> SetMassive:
-        """Every massive scalar at the ME layer that `locate` lists, set to zero or to its mean over the texts.
+        """Every massive scalar at the ME layer's output, set to zero or to the mean of its dimension over the texts.
+
+        Of the texts that `locate` ran it is every one, however few are listed: the threshold is the lowest of these
+        texts. So in a text whose own is higher, scalars between the two are set as well.
 
         Raises:
             InputError: There is no ME layer, or `to` is neither.
@@ -98,12 +101,9 @@ class SetMassive(_AtOneBlock):
         at = _me_layer(located)
         if to not in ("zero", "mean"):
             raise InputError(f"to is {to!r}; expected zero or mean.")
-        by_dim: dict[int, list[float]] = {}
-        for scalar in located.massive:
-            if scalar.layer == at:
-                by_dim.setdefault(scalar.dim, []).append(scalar.value)
-        values = tuple((dim, float(np.mean(of)) if to == "mean" else 0.0) for dim, of in sorted(by_dim.items()))
-        return cls(at, located.massive_above, values, MadeFor.of(located))
+        values = tuple((row.dim, row.mean if to == "mean" else 0.0) for row in located.massive_dims if row.layer == at)
+        above = located.massive_above if located.least_threshold is None else located.least_threshold
+        return cls(at, above, values, MadeFor.of(located))
 
     def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
         for dim, _ in self.values:

@@ -26,6 +26,7 @@ from melayer.model.decoder import Decoder
 
 NAME = "melayer_keys"
 _CHUNK = 256  # queries at once where the scores have to be written out: [_CHUNK, T] is the most that is built
+_KEYS = 16  # keys at once that are reported on: with hundreds in a row their scores would be [T, T] again
 
 
 @dataclass(eq=False)
@@ -235,8 +236,12 @@ def _attend(
         lse = whole
     audience = _audiences.get(module)
     if audience is not None and audience.listening is not None:
-        drawn = _drawn(query, key, lse, attention_mask, scale, softcap, audience.listening)
-        audience.listening.drawn[audience.layer] = drawn
+        listening = audience.listening
+        drawn = [
+            _drawn(query, key, lse, attention_mask, scale, softcap, replace(listening, keys=keys))
+            for keys in torch.split(listening.keys, _KEYS, dim=1)
+        ]
+        listening.drawn[audience.layer] = torch.cat(drawn, dim=2)
     return out.transpose(1, 2).contiguous(), None
 
 
