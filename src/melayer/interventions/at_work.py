@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
@@ -119,14 +118,24 @@ class AtWork:
             before = None  # left behind by a call that was interrupted
         call = self.called(module, args, kwargs) if self._acts(module) else Call(self, False)
         call.before, call.learns = before, torch.is_grad_enabled()
-        around = _checkpoint_around()
-        if around is not None and not hooks.in_backward():
-            call.foreign = True
-            if isinstance(around, FunctionCtx):
-                around.register_prehook(partial(_gradients_begin, call))  # type: ignore[attr-defined]
+        if not hooks.in_backward():
+            self._guard(call, hooks.checkpoint_around())
         hooks.begin_call(Running(call))
         if module.training:
             self._cover(module)
+
+    def _guard(self, call: Call, around: object) -> None:
+        """A call that runs under a checkpoint as a whole is not to run again when the edit is gone."""
+        if around is None:
+            return
+        if not isinstance(around, FunctionCtx):
+            raise InputError(
+                "The model runs as a whole under torch.utils.checkpoint, which would run it again after "
+                f"{type(self.edit).__name__} is taken off. Use model.gradient_checkpointing_enable(), which "
+                "checkpoints the blocks."
+            )
+        call.foreign = True
+        around.register_prehook(partial(_gradients_begin, call))  # type: ignore[attr-defined]
 
     def _acts(self, module: nn.Module) -> bool:
         if hooks.paused(module):
@@ -166,7 +175,7 @@ class AtWork:
         if call.of is not self or not call.acts:
             return None
         call.reached = True
-        if call.learns and not call.foreign and not running.covered and _checkpoint_around() is not None:
+        if call.learns and not call.foreign and not running.covered and hooks.checkpoint_around() is not None:
             call.foreign = True
         return call
 
@@ -257,24 +266,6 @@ def _gradients_begin(call: Call, *_: Any) -> None:
 
 def _gradients_end(task: int) -> None:
     _in_backward.pop(task, None)
-
-
-def _checkpoint_around() -> object | None:
-    """What the running code is checkpointed by: an autograd function's context, or True for torch's without one."""
-    if torch.compiler.is_compiling():
-        return None
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        # A module's own forward pass is not asked for its locals: that would keep its tensors alive.
-        if code.co_name == "forward" and code.co_varnames and code.co_varnames[0] != "self":
-            context = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(context, FunctionCtx):
-                return context
-        if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__ and code.co_name != "forward":
-            return True
-        frame = frame.f_back
-    return None
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

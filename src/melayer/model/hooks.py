@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
 Key = TypeVar("Key")
@@ -228,6 +231,24 @@ def within(call: object) -> Iterator[None]:
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass, so that what runs forward is run again for its gradients."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def checkpoint_around() -> object | None:
+    """What the running code is checkpointed by: an autograd function's context, True for torch's without one."""
+    if torch.compiler.is_compiling():
+        return None
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        # A module's own forward pass is not asked for its locals: that would keep its tensors alive.
+        if code.co_name == "forward" and code.co_varnames and code.co_varnames[0] != "self":
+            context = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(context, FunctionCtx):
+                return context
+        if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__ and code.co_name != "forward":
+            return True
+        frame = frame.f_back
+    return None
 
 
 def _show(tensor: torch.Tensor | None, module: nn.Module, side: str) -> torch.Tensor:
