@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from melayer.errors import ArchitectureError
+from melayer.errors import ArchitectureError, InputError
+from melayer.model import hooks
 from melayer.model.decoder import Decoder
 
 NAME = "melayer_keys"
@@ -222,6 +223,12 @@ def _attend(
         raise ArchitectureError(
             f"{type(module).__name__} adds a position bias to its scores, which sinks do not know. "
             "Measure a model without one (ALiBi and T5 biases are not supported)."
+        )
+    if hooks.checkpoint_around() is not None and not hooks.in_backward():
+        raise InputError(
+            "Heads cannot be watched under gradient checkpointing where that takes another attention function than the "
+            "model's own: the backward pass could run it again when nobody watches. Use attn_implementation='sdpa', or "
+            "turn checkpointing off meanwhile."
         )
     _show(module, query, key, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

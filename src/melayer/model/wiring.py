@@ -52,6 +52,7 @@ def read(model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = 
     parts = dict(parts or {})
     for part in sorted(parts):
         require_known(part, PARTS, f"There is no part {part!r} to name", error=ArchitectureError)
+    _refuse_others(model)
     _refuse_empty(model)
     candidates = block_lists(model, parts)
     traced = trace(model, candidates)
@@ -76,6 +77,20 @@ def read(model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = 
         d_model=first.block_in.shape[-1],
         family=str(model.config.model_type),
         max_positions=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def _refuse_others(model: object) -> None:
+    if hasattr(model, "get_input_embeddings") and hasattr(model, "config"):
+        return
+    kind = type(model).__name__
+    if isinstance(model, nn.Module):
+        raise ArchitectureError(
+            f"A {kind} was given, which is not a model of transformers. If it is put around one, give the model inside "
+            "it (model.module)."
+        )
+    raise ArchitectureError(
+        f"A {kind} was given, which is no causal language model. Give what melayer.load(name) returns as its model."
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melayer.data.rows import token_text
-from melayer.interventions.apply import require_unmasked
+from melayer.interventions.at_work import require_unmasked
 from melayer.interventions.mask import Selector, WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, Origin, criterion_settings, origin_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,13 +56,24 @@ def read(
         FileNotFoundError: There is none, which means something else at each place.
         InputError: It cannot be read, or as `parse`.
     """
+    return parse(content_of(path, said, todo, error), kind, said, todo, error)
+
+
+def content_of(path: Path, said: str, todo: str, error: type[MelayerError] = InputError) -> bytes:
+    """What is in a file; of a pipe or a device nothing is read, since it might never end.
+
+    Raises:
+        FileNotFoundError: There is none.
+        InputError: It cannot be read.
+    """
     try:
-        content = path.read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise error(f"{said}: it is no file. {todo}")
+        return path.read_bytes()
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as unreadable:
+    except (OSError, ValueError, MemoryError) as unreadable:
         raise error(f"{said}: {reason(unreadable)}. {todo}") from unreadable
-    return parse(content, kind, said, todo, error)
 
 
 def _first(invalid: ValidationError) -> str:
