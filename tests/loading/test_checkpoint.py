@@ -78,7 +78,7 @@ def test_no_such_file():
 def test_a_hub_id_that_cannot_be_had(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="'nobody/nothing' is not a file or directory here, and it cannot be had from the hub"):
+    with pytest.raises(ModelError, match="'nobody/nothing' is not a file or directory here, and it cannot be had from"):
         melayer.load("nobody/nothing")
 
 
@@ -103,7 +103,7 @@ def copy_of(directory, target):
 def test_a_directory_without_weights(toy_directory, tmp_path):
     copy = copy_of(toy_directory, tmp_path / "m")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="holds no weights: expected model.safetensors, or .*index.json and its shards"):
+    with pytest.raises(ModelError, match="holds no weights: expected model.safetensors, or .* and its shards"):
         melayer.load(str(copy))
 
 

@@ -296,7 +296,7 @@ def test_a_shard_that_is_missing_or_cut_short(tmp_path):
 def test_a_weight_of_another_shape(tmp_path):
     name = saved(tmp_path)
     changed(name, lambda tensors: tensors.update({"model.layers.4.mlp.down_proj.weight": torch.zeros(64, 95)}))
-    with pytest.raises(ModelError, match="have other shapes than its config asks for .*down_proj.weight: .64, 95., not .64, 96"):
+    with pytest.raises(ModelError, match="have other shapes than its config asks for .*down_proj.weight: .64, 95."):
         melayer.locate_frugal(name, texts=TEXTS)
 
 

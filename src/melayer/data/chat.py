@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from melayer.data.template_trial import ENDLESS
 from melayer.errors import InputError, border
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Turn = Mapping[str, Any]
 """With a role and a content."""
 
-SECONDS, MEGABYTES, CHARACTERS = 20, 1024, 16 << 20
+SECONDS, MEGABYTES, CHARACTERS = 10, 1024, 16 << 20
 """What a template may take for one conversation, beside what the conversation has; one takes milliseconds."""
 
 
@@ -78,7 +79,8 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise InputError("This tokenizer has no chat template. Leave chat and the system prompt out.")
     if not all(isinstance(text, str) for text in texts):
         raise InputError(
-            f"The tokenizer's chat template is no text but {str(template)[:60]!r}. Leave chat and the system prompt out."
+            f"The tokenizer's chat template is no text but {str(template)[:60]!r}. Leave chat and the system prompt "
+            "out."
         )
 
 
@@ -116,20 +118,19 @@ def _tried(template: str, asked: _Once) -> None:
     # -P and no empty entry: what lies in the directory at hand is no module.
     places = os.pathsep.join(place for place in sys.path if place)
     done = None
-    try:
+    with suppress(subprocess.TimeoutExpired):
         done = subprocess.run(
             [sys.executable, "-P", "-m", "melayer.data.template_trial", str(SECONDS), str(MEGABYTES), str(CHARACTERS)],
             input=str(asked),
             env={**os.environ, "PYTHONPATH": places},
             capture_output=True,
             text=True,
-            timeout=2 * SECONDS,
+            timeout=6 * SECONDS,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        pass
-    if done is None or done.returncode:
+    # A negative code is a signal: out of time or memory. Any other failure is the trial's own, and no verdict.
+    if done is None or done.returncode < 0 or done.returncode == ENDLESS:
         raise InputError(
-            f"The tokenizer's chat template does not come to an end: within {SECONDS} s and {MEGABYTES} MB, or it makes "
+            f"The tokenizer's chat template does not come to an end within {SECONDS} s and {MEGABYTES} MB, or makes "
             f"more than {CHARACTERS:,} characters. Leave the chat template out: --no-chat (chat=False)."
         )

@@ -1,4 +1,4 @@
-"""A chat template run in a process of its own: it ends with code 0 if the template came to an end, however it did.
+"""A chat template run in a process of its own: its exit code says whether the template came to an end.
 
 `python -m melayer.data.template_trial SECONDS MEGABYTES CHARACTERS` reads what is to be rendered from stdin, as JSON.
 """
@@ -6,6 +6,10 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+ENDLESS = 3
+"""The exit code where a template took too much; also a signal's, by which the system ends it."""
 
 
 def main(seconds: int, megabytes: int, characters: int) -> int:
@@ -15,18 +19,18 @@ def main(seconds: int, megabytes: int, characters: int) -> int:
     asked = json.loads(sys.stdin.read())
     _limit(seconds, megabytes)
     try:
-        rendered = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[asked["turns"]],
             chat_template=asked["template"],
             add_generation_prompt=asked["add_generation_prompt"],
             **asked["special"],
         )
     except MemoryError:
-        return 1
-    except Exception:
-        return 0  # what it raises is said where it is used
+        return ENDLESS
+    except Exception:  # noqa: BLE001 - whatever a template raises is said where it is used
+        return 0
     texts = rendered[0] if isinstance(rendered, tuple) else rendered
-    return int(sum(map(len, texts)) > characters)
+    return ENDLESS if sum(map(len, texts)) > characters else 0
 
 
 def _limit(seconds: int, megabytes: int) -> None:

@@ -193,9 +193,7 @@ def _with_adapters(
         files.remember(whole, adapter.directory, [adapters.weights(adapter, trust.allow_pickle)], base=model)
         model, base = whole, source.name
         if (adapter.directory / "tokenizer_config.json").is_file():
-            tokenizer = read_tokenizer(
-                source.name, adapter.directory, trust_remote_code=trust.trust_remote_code
-            )
+            tokenizer = read_tokenizer(source.name, adapter.directory, trust_remote_code=trust.trust_remote_code)
     module: nn.Module = model
     module.eval()
     return Loaded(model, tokenizer, _saved_mask(chain[0].source, model, unmerged) if mask else None)

@@ -158,9 +158,7 @@ def merged(model: PreTrainedModel, adapter: Adapter, base: str) -> PreTrainedMod
                 "cannot be merged. melayer reads LoRA and its like."
             )
         # Without memory for what is to be loaded: a config can ask for any rank.
-        adapted: Any = PeftModel.from_pretrained(
-            model, str(adapter.directory), config=config, low_cpu_mem_usage=True
-        )
+        adapted: Any = PeftModel.from_pretrained(model, str(adapter.directory), config=config, low_cpu_mem_usage=True)
         # Once more for what it says: which weights are missing is a mere warning above, and which are too many nothing.
         result = adapted.load_adapter(str(adapter.directory), "default")
         lacking, unused = sorted(result.missing_keys), sorted(result.unexpected_keys)

@@ -130,7 +130,9 @@ def check_directory(directory: Path, allow_pickle: bool) -> WeightFiles:
     absent = [(name, file) for file, names in promised.items() if file.suffix not in PICKLES for name in names]
     lost = next(((name, file) for name, file in absent if name not in held), None)
     if lost is not None:
-        raise ModelError(f"The index of {directory} places {lost[0]} in {lost[1].name}, which does not hold it. {_AGAIN}")
+        raise ModelError(
+            f"The index of {directory} places {lost[0]} in {lost[1].name}, which does not hold it. {_AGAIN}"
+        )
     return WeightFiles(tuple(promised), held)
 
 

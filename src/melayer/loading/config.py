@@ -69,7 +69,7 @@ def read_config(
         ModelError: It cannot be read, does not fit the weights, or is not of a causal decoder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     require_said(trust_remote_code)
     values = raw_config(name, directory)
@@ -83,7 +83,7 @@ def read_config(
         )
         config.to_dict()  # what saving, printing and copying a config needs
     if not known:
-        raise ModelError(f"The config of {name} says that its weights are quantised in a way that is not known. {_MEND}")
+        raise ModelError(f"The config of {name} says that its weights are quantised in an unknown way. {_MEND}")
     n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(n_layers, int) and n_layers < 1:
         raise ModelError(f"The config of {name} says that the model has {n_layers} blocks. {_MEND}")
@@ -113,8 +113,8 @@ def _require_plausible(name: str, values: dict[str, Any], n_tensors: int | None,
         if n_tensors is not None and n_layers > n_tensors:
             # Built block by block before a weight is looked for, which takes minutes, or all the memory.
             raise ModelError(
-                f"The config of {name} says {key} = {n_layers:,}, and the weights have {n_tensors:,} tensors, less than "
-                f"one for each. {_MEND}"
+                f"The config of {name} says {key} = {n_layers:,}, and the weights have {n_tensors:,} tensors, less "
+                f"than one for each. {_MEND}"
             )
 
 

@@ -178,7 +178,9 @@ def headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
         if file.suffix != ".safetensors":
             continue
         with (
-            border(f"{file} is damaged and cannot be read as safetensors", "Download or copy it again.", error=ModelError),
+            border(
+                f"{file} is damaged and cannot be read as safetensors", "Download or copy it again.", error=ModelError
+            ),
             safe_open(file, framework="pt") as handle,
         ):
             for name in handle.keys():  # noqa: SIM118 - no mapping
@@ -219,7 +221,9 @@ class _Seen(NamedTuple):
 _loaded: WeakKeyDictionary[nn.Module, dict[str, Hashed | _Seen]] = WeakKeyDictionary()
 
 
-def remember(model: nn.Module, directory: Path, files: Iterable[Path | Hashed], *, base: nn.Module | None = None) -> None:
+def remember(
+    model: nn.Module, directory: Path, files: Iterable[Path | Hashed], *, base: nn.Module | None = None
+) -> None:
     """Notes which files a model was loaded from.
 
     Args:

@@ -144,9 +144,7 @@ def check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ModelError(
-            f"{path} is not a GGUF file: it starts with {magic!r}, a GGUF file with b'GGUF'. {_AGAIN}"
-        )
+        raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, a GGUF file with b'GGUF'. {_AGAIN}")
     size = path.stat().st_size
     with border(f"{path} is damaged: its header or its tensors cannot be read", _AGAIN, error=ModelError):
         header = _read_header(path)

@@ -1,4 +1,4 @@
-"""The border to transformers: what it raises while it reads becomes one sentence, and it never asks whether to run code."""
+"""The border to transformers: what it raises becomes one sentence, and it never asks whether it may run code."""
 
 from __future__ import annotations
 

@@ -112,6 +112,6 @@ def _refuse_autocast(model: nn.Module) -> None:
         if torch.is_autocast_enabled(kind):
             dtype = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
             raise InputError(
-                f"Autocast is on: on {kind} the model would compute in {dtype}, and results would say otherwise. Measure "
-                f"inside torch.autocast({kind!r}, enabled=False), or load the model with dtype={dtype!r}."
+                f"Autocast is on: on {kind} the model would compute in {dtype}, and results would say otherwise. "
+                f"Measure inside torch.autocast({kind!r}, enabled=False), or load the model with dtype={dtype!r}."
             )

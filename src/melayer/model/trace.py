@@ -66,7 +66,10 @@ def trace(model: PreTrainedModel, lists: Mapping[str, nn.ModuleList]) -> dict[st
     watched, owners = _watched(kinds, lists)
 
     todo = "Check its config against its weights."
-    with border(f"{type(model).__name__} does not run on a few tokens", todo, error=ArchitectureError), stoppable() as stop:
+    with (
+        border(f"{type(model).__name__} does not run on a few tokens", todo, error=ArchitectureError),
+        stoppable() as stop,
+    ):
 
         def note(call: Call) -> None:
             kind, name = owners[call.name]

@@ -86,7 +86,7 @@ def _max_positions(config: Any) -> int | None:
         return None
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise ArchitectureError(
-            f"The model's config says max_position_embeddings = {found!r}; expected a number of tokens. Mend config.json."
+            f"The model's config says max_position_embeddings = {found!r}; expected a number of tokens. Mend it."
         )
     return found
 
