@@ -485,7 +485,7 @@ for _name, _changes in {
 }.items():
     CHECKPOINTS[f"config-{_name}"] = functools.partial(_config, **_changes)
 # What else is believed, or is nobody's concern here.
-HARMLESS |= {"config-architectures-number", "config-bos-string", "config-labels-number"}
+HARMLESS |= {"config-architectures-number"}
 
 
 @hostile("generation-config-nonsense", harmless=True)
@@ -496,7 +496,7 @@ def _generation(place: Path) -> str:
     return str(directory)
 
 
-@hostile("generation-config-no-json", harmless=True)
+@hostile("generation-config-no-json")
 def _generation_no_json(place: Path) -> str:
     directory = healthy(place / "m")
     (directory / "generation_config.json").write_text("[" * 100_000)
@@ -595,7 +595,7 @@ TEMPLATES = {
     "template-recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "template-for-ever": "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
     "template-huge": "{% for a in range(90000) %}{% for b in range(90000) %}xxxxxxxx{% endfor %}{% endfor %}",
-    "template-power": "{{ messages[0].content | length ** 9 ** 9 ** 9 }}",
+    "template-power": "{{ 9 ** 9 ** 9 ** 9 }}",
     "template-product": "{{ messages[0].content * 10 ** 12 }}",
     "template-escapes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "template-empty-text": "{% if messages %}{% endif %}",
@@ -837,6 +837,11 @@ NAMES = {
 for _name, _text in NAMES.items():
     CHECKPOINTS[f"name-{_name}"] = functools.partial(lambda place, text: text, text=_text)
 
+# A tokenizer is whole without its config, whose class is a hint; and positional arguments come to nothing.
+HARMLESS |= {"directory-tokenizer_config.json", "tokenizer-class-unknown", "tokenizer-inputs"}
+# A word that the model has no row for is refused where a text has it.
+HARMLESS |= {"unknown-word-beyond-the-embedding"}
+
 OPTIONS: dict[str, tuple[str, ...]] = {
     "device-hpu": ("--device", "hpu"),
     "device-cuda": ("--device", "cuda:17"),
@@ -853,7 +858,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "device-map-hpu": ("--device-map", "hpu"),
     "memory-of-nothing": ("--device-map", "auto", "--max-memory", "9999=1GiB"),
     "memory-of-a-word": ("--device-map", "auto", "--max-memory", "nonsense=1GiB"),
-    "memory-too-little": ("--device-map", "auto", "--max-memory", "cpu=1KB"),
     "offload-to-a-file": ("--device-map", "auto", "--offload-folder", "/dev/null"),
     "base-of-no-adapter": ("--base", "demo"),
     "part-nowhere": ("--part", "blocks=no.such.place"),

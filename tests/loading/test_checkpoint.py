@@ -78,7 +78,7 @@ def test_no_such_file():
 def test_a_hub_id_that_cannot_be_had(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="'nobody/nothing' is not a file or directory here, and its config cannot be"):
+    with pytest.raises(ModelError, match="'nobody/nothing' is not a file or directory here, and it cannot be had from"):
         melayer.load("nobody/nothing")
 
 
@@ -103,7 +103,7 @@ def copy_of(directory, target):
 def test_a_directory_without_weights(toy_directory, tmp_path):
     copy = copy_of(toy_directory, tmp_path / "m")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="holds no weights: expected model.safetensors or its shards"):
+    with pytest.raises(ModelError, match="holds no weights: expected model.safetensors, or .* and its shards"):
         melayer.load(str(copy))
 
 
@@ -123,7 +123,7 @@ def test_a_shard_that_is_missing(toy_directory, tmp_path):
     (copy / "model.safetensors").unlink()
     toys.make("llama").save_pretrained(copy, max_shard_size="100KB")
     next(iter(sorted(copy.glob("*-of-*.safetensors")))).unlink()
-    with pytest.raises(ModelError, match="The weights of .* cannot be read"):
+    with pytest.raises(ModelError, match=r"names 11 shards, and 1 of them are not there \(the first is model-00001"):
         melayer.load(str(copy))
 
 
@@ -196,4 +196,4 @@ def test_hashes_of_the_weights(toy_directory):
 
     loaded = melayer.load(str(toy_directory))
     truth = hashlib.sha256((toy_directory / "model.safetensors").read_bytes()).hexdigest()
-    assert checkpoint.weight_hashes(loaded.model, str(toy_directory)) == {"model.safetensors": truth}
+    assert checkpoint.weight_hashes(loaded.model) == {"model.safetensors": truth}

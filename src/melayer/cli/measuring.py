@@ -295,5 +295,5 @@ def overview(located: LocateResult, out: Path, loaded: Loaded, name: str, result
             **results,
             command=command_line(),
             device=str(loaded.model.device),
-            weights=weight_hashes(loaded.model, name),
+            weights=weight_hashes(loaded.model),
         )

@@ -234,7 +234,7 @@ class Corpus:
         from datasets import load_dataset
 
         try:
-            return load_dataset(self.source, split=self.split, streaming=True)
+            return load_dataset(self.source, split=self.split, streaming=True, trust_remote_code=False)
         except _of_datasets() as error:
             raise InputError(
                 f"{self.source!r} is no file here, and cannot be had from the hub: {first_line(error)} "

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from melayer.data.chat import render
 from melayer.errors import InputError, border, reason, require_known
 from melayer.evaluation.cut_off import watched
 from melayer.evaluation.faults import encoded_pair, fault, left_out_note, unfit
@@ -82,11 +83,21 @@ def harness(
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
 
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            """As lm-eval's, which drops the system prompt without a word where the template refuses it."""
+            return render(
+                self.tokenizer,
+                chat_history,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
     training = model.training
     try:
         with quiet():
             lm = Quiet(
                 pretrained=model,
+                trust_remote_code=False,
                 tokenizer=copy.deepcopy(tokenizer),  # it sets padding on the one that it is given
                 batch_size=batch_size,
                 max_length=max_length,

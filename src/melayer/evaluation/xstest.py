@@ -62,7 +62,7 @@ def xstest_task(splits: Mapping[str, Rows]) -> Any:
         if splits:
             return custom_dataset(splits)()
         try:
-            return {"test": datasets.load_dataset("Paul/XSTest", split="train")}
+            return {"test": datasets.load_dataset("Paul/XSTest", split="train", trust_remote_code=False)}
         except (datasets.exceptions.DatasetNotFoundError, OSError) as error:
             raise InputError(
                 f"XSTest cannot be had from the hub ({first_line(error).rstrip('.')}). Check the network, or give "

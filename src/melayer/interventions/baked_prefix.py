@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from melayer.data.chat import render
 from melayer.errors import InputError, OutputError
 from melayer.interventions.mask import WeMask
 from melayer.model import wiring
@@ -177,7 +178,7 @@ def fixed_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = Non
     rows = []
     # Beginnings of every kind, so that no token of the prefix has merged with one of them.
     for content in ("a", "The", "0", " x", "\n", "\n\n", "(", "中", "é", '"', "<", "#"):
-        text = tokenizer.apply_chat_template([*before, {"role": "user", "content": content}], tokenize=False)
+        text = render(tokenizer, [*before, {"role": "user", "content": content}])
         rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     common = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
     if not common:

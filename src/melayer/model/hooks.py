@@ -16,6 +16,8 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
+from melayer.model.token_ids import require_rows
+
 Key = TypeVar("Key")
 
 # The ids of the modules whose edits do nothing: of the models at hand, and in the thread at hand alone.
@@ -374,16 +376,41 @@ def record_calls(modules: Iterable[tuple[str, nn.Module]], done: Callable[[Call]
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside the context; afterwards each module trains or not as before."""
+    """No gradients, no dropout and no unknown token ids inside the context; afterwards each module trains or not as
+    before.
+
+    Raises:
+        InputError: A token id is beyond the embedding.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         # Not inference_mode: buffers that a forward pass caches in the model would be unusable in training.
-        with torch.no_grad():
+        with torch.no_grad(), known_ids(model):
             yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def known_ids(model: nn.Module) -> Iterator[None]:
+    """Token ids that the model's embedding has no row for are refused inside the context.
+
+    Raises:
+        InputError: There is one.
+    """
+    find = getattr(model, "get_input_embeddings", None)
+    embedding = None if find is None else find()
+
+    def check(key: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = _input_tensor(args, kwargs)
+        if ids is not None and not ids.is_floating_point():
+            assert embedding is not None
+            require_rows(ids, embedding, model)
+
+    with record_arguments([] if embedding is None else [(0, embedding)], check):
+        yield
 
 
 def cache_argument(model: nn.Module) -> str:

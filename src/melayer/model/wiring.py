@@ -8,7 +8,7 @@ branch from norms after it, sequential residuals from parallel ones, gate from u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -76,7 +76,7 @@ def read(model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = 
         head=model.get_output_embeddings(),
         d_model=first.block_in.shape[-1],
         family=str(model.config.model_type),
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=_max_positions(config),
     )
 
 
@@ -92,6 +92,18 @@ def _refuse_others(model: object) -> None:
     raise ArchitectureError(
         f"A {kind} was given, which is no causal language model. Give what melayer.load(name) returns as its model."
     )
+
+
+def _max_positions(config: Any) -> int | None:
+    """How many tokens a model was made for, where its config says so: XLNet's says -1 for any number."""
+    found = getattr(config, "max_position_embeddings", None)
+    if found is None or found == -1:
+        return None
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise ArchitectureError(
+            f"The model's config says max_position_embeddings = {found!r}; expected a number of tokens. Mend it."
+        )
+    return found
 
 
 def _refuse_empty(model: nn.Module) -> None:

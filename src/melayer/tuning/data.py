@@ -155,9 +155,9 @@ def read(source: str, *, split: str = "train") -> Dataset:
     try:
         if local:
             assert kind is not None
-            found = load_dataset(kind, data_files=str(path), split="train")
+            found = load_dataset(kind, data_files=str(path), split="train", trust_remote_code=False)
         else:
-            found = load_dataset(source, split=split)
+            found = load_dataset(source, split=split, trust_remote_code=False)
     except (DatasetGenerationError, DatasetNotFoundError, ArrowException, OSError, ValueError) as error:
         what = "cannot be read" if local else "is not a file here, and cannot be had from the hub"
         raise InputError(f"{source} {what}: {first_line(error.__cause__ or error)}") from error

@@ -14,6 +14,7 @@ from torch import nn
 from melayer.errors import InputError, first_line, require_known
 from melayer.interventions.at_work import require_unmasked
 from melayer.loading import adapters
+from melayer.model.hooks import known_ids
 from melayer.model.provenance import describe, versions
 from melayer.model.subject import Subject
 from melayer.tuning import checkpoints, run_directory
@@ -91,6 +92,7 @@ def _trained(plan: Plan, checkpoint: Checkpoint | None) -> tuple[int, list[str]]
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(restored(model))
+        stack.enter_context(known_ids(model))
         generation = (model.config.use_cache, getattr(model.generation_config, "disable_compile", None))
         trainer = _trainer(plan, _masked(plan, stack))
         if is_sharded(trainer):

@@ -10,7 +10,8 @@ import torch
 from melayer.data.rows import Batch, Row, batches, encode
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
-from melayer.loading.checkpoint import DTypeName, device_of, skeleton
+from melayer.loading.checkpoint import skeleton
+from melayer.loading.devices import DTypeName, device_of
 from melayer.loading.streaming import streamed
 from melayer.measurements.criterion import Criterion, find_me_layer, voting
 from melayer.measurements.locate.conclude import conclude

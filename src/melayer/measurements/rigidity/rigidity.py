@@ -20,6 +20,7 @@ from melayer.measurements.rigidity.result import RigidityResult
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, criterion_settings, text_settings
 from melayer.model.subject import Subject
 from melayer.numerics.finite import finite_all
+from melayer.numerics.seeds import require_seed
 from melayer.runs.progress import Bar, Progress
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def rigidity_on(  # noqa: PLR0913 - the options of the public function
     progress: Progress | None = None,
 ) -> RigidityResult:
     """As `rigidity`, on a model that was read already."""
+    require_seed(seed)
     max_tokens, bos = options_of(located, criterion=criterion, max_tokens=max_tokens, bos=bos)
     rows = subject.rows(texts, max_tokens=max_tokens, bos=bos)
     first, first_text = (
