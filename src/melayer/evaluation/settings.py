@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict  # pydantic reads those of `typing` from Python 3.12 on
 
 
 class MetricSettings(TypedDict):

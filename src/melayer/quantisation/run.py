@@ -26,7 +26,7 @@ from melayer.runs.progress import Progress
 from melayer.runs.resume_log import Entries, ResumeLog
 from melayer.version import __version__
 
-ENTRIES = Entries("quant-check", "setting", Setting.from_dict, lambda setting: setting.scale_set)
+ENTRIES = Entries("quant-check", "setting", Setting, lambda setting: setting.scale_set)
 """How finished settings are kept."""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from melayer.errors import InputError, MelayerError, reason
+from melayer.runs import ours
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -56,7 +57,7 @@ def read(
         InputError: It cannot be read, or as `parse`.
     """
     try:
-        content = path.read_bytes()
+        content = ours.read_bytes(path)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as unreadable:
