@@ -51,7 +51,7 @@ def name_base(directory: Path, name: str) -> None:
     """Writes the base's name into an adapter's config, in place of where it was loaded from on this machine."""
     path = directory / FILE
     if path.exists():
-        atomic.write_text(path, json.dumps({**_read(path), "base_model_name_or_path": name}, indent=2))
+        atomic.write_text(path, json.dumps({**_read(path), "base_model_name_or_path": name}, indent=2), own=True)
 
 
 def merged(model: PreTrainedModel, adapter: Adapter, base: str) -> PreTrainedModel:
