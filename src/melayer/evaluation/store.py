@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Required, cast
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -28,10 +28,10 @@ _TODO = "Give another place, or remove it."
 _RANK = "eval.rank*.jsonl"
 
 
-class _KeptShared(SharedSettings):
-    """As a file has it: of which model the answers are."""
+class _KeptShared(TypedDict):
+    """What all answers of a file have in common: they are of a model."""
 
-    model: Required[dict[str, Any]]
+    model: dict[str, Any]
 
 
 class _KeptSettings(TypedDict):
@@ -100,12 +100,13 @@ class Store:
         head, *rows = lines.values or [{}]
         if head.keys() != {_HEAD}:
             raise InputError(f"{said}: it does not begin with {_HEAD!r}. {_TODO}")
-        settings = records.parse(json_text(head[_HEAD]), _KeptSettings, f"{said}: line 1", _TODO)
+        records.parse(json_text(head[_HEAD]), _KeptSettings, f"{said}: line 1", _TODO)
+        settings: EvalSettings = head[_HEAD]  # with what a newer version may say beside it
         answers = {}
         for number, row in enumerate(rows, start=2):
             answer = _answer(row, settings["tasks"], f"{said}: line {number}")
             answers[key_of(answer)] = answer
-        return cast(EvalSettings, settings), answers
+        return settings, answers
 
     def _write(self, path: Path, answers: Iterable[StoredAnswer]) -> None:
         jsonl.replace(path, itertools.chain([{_HEAD: self.settings}], answers))
