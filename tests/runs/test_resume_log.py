@@ -58,15 +58,21 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path, cut):
     whole = path.read_bytes()
     log.add(Step(2), [])
     path.write_bytes(path.read_bytes()[:-cut])
-    assert opened(path, {}).items == {1: Step(1)}
-    assert path.read_bytes() == whole
+    log = opened(path, {})
+    assert log.items == {1: Step(1)}
+    log.add(Step(2), [])
+    assert path.read_bytes() != whole
+    assert opened(path, {}).items == {1: Step(1), 2: Step(2)}
 
 
 def test_a_file_in_which_nothing_is_finished_is_begun_anew(tmp_path):
     path = tmp_path / "run.jsonl"
-    opened(path, {"of": 1})
+    assert opened(path, {"of": 1}).items == {}
+    assert not path.exists()
+    path.write_text('{"long_run_of": {"of": 1}}\n')
     log = opened(path, {"of": 2})
     assert log.items == {}
+    assert path.read_text() == '{"long_run_of": {"of": 1}}\n'
     log.add(Step(1), [])
     assert opened(path, {"of": 2}).items == {1: Step(1)}
 
@@ -122,9 +128,12 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path, content, said):
 def test_lines_of_the_first_version_are_read_and_get_their_checksums(tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_text(HEAD + STEP)
-    assert opened(path, {}).items == {1: Step(1)}
-    assert path.read_text().count('"crc32"') == 2
-    assert opened(path, {}).items == {1: Step(1)}
+    log = opened(path, {})
+    assert log.items == {1: Step(1)}
+    assert path.read_text() == HEAD + STEP
+    log.add(Step(2), [])
+    assert path.read_text().count('"crc32"') == 3
+    assert opened(path, {}).items == {1: Step(1), 2: Step(2)}
 
 
 def test_what_other_names_point_to_stays_as_it_is(tmp_path):
@@ -173,7 +182,7 @@ def test_a_file_that_was_removed_is_written_anew(tmp_path):
     log = opened(path, {})
     log.add(Step(1), [])
     path.unlink()
-    path.parent.rmdir()
+    path.parent.rmdir()  # nothing else was in it
     log.add(Step(2), ["b"])
     assert opened(path, {}).items == {n: Step(n) for n in (1, 2)}
 

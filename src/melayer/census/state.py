@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -221,6 +222,8 @@ def read(directory: Path, settings: ScanSettings) -> State:
         InputError: A file is damaged, or of other settings.
         OutputError: The directory cannot be read, or a file is not ours.
     """
+    with _keeping(directory):
+        atomic.require_writable(directory)
     try:
         paths = sorted(directory.glob(PATTERN))
         ours.require(paths)
@@ -243,8 +246,15 @@ def write(directory: Path, rank: int, state: State) -> None:
     Raises:
         OutputError: There is no space, or no right to write.
     """
-    try:
+    with _keeping(directory):
         atomic.write_bytes(path_of(directory, rank), state.to_bytes())
+
+
+@contextmanager
+def _keeping(directory: Path) -> Iterator[None]:
+    """Turns what the file system refuses into our error."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"The scan cannot be kept in {directory}: {reason(error)}. What was kept before stands. Make room or give "

@@ -26,7 +26,7 @@ from melayer.cli.options import (
 from melayer.cli.output import answer, command_line, page, require_writable, written_or_shown
 from melayer.cli.parsing import blocks_of, items_of, layers_of, rates_of
 from melayer.cli.session import load, progress, quiet
-from melayer.cli.streams import print_json, stderr
+from melayer.cli.streams import print_json, say, stderr
 from melayer.errors import InputError, MelayerError
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def everything(
                     raise
                 not_measured[key] = str(error)
     for key, reason in not_measured.items():
-        stderr().print(f"Note: {key} was not measured. {reason}", markup=False)
+        say(f"Note: {key} was not measured. {reason}")
     return located, {**results, "not_measured": not_measured}
 
 

@@ -94,7 +94,8 @@ def _end(error: BaseException, kept: str) -> tuple[int, str] | None:
         path = "melayer" if context is None else context.command_path
         if type(error).__name__ == "NoArgsIsHelpError":  # which has printed the help
             return INPUT, "No command was given. Choose one of those above."
-        return INPUT, f"{_shortened(message()).rstrip('.')}. See {path} --help."
+        said = _shortened(message())
+        return INPUT, f"{said}{'' if said.endswith(('.', '?')) else '.'} See {path} --help."
     return UNEXPECTED, (
         f"unexpected {type(error).__name__}: {reason(error)}. This is a fault of melayer's: run the command again with "
         f"--debug, and please report what it prints at {ISSUES}."

@@ -94,12 +94,12 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
         "tasks": {benchmark.name: _described(benchmark, limit) for benchmark in benchmarks},
         "variants": {label: _variant(variant) for label, variant in variants.items()},
     }
-    store_of_run = Store.opened(None if store is None else Path(store), settings, Group.joined(model.device.type))
+    group = Group.joined(model.device.type)
     with harness(model, tokenizer, batch_size=batch_size, max_length=max_length) as lm, measuring(model):
         items = {
             benchmark.name: items_of(benchmark, lm, chat=chat, system=system, limit=limit) for benchmark in benchmarks
         }
-        store_of_run.check(items)
+        store_of_run = Store.opened(None if store is None else Path(store), settings, group, items)
         _answer_missing(_Questions(subject, lm, items, variants), store_of_run, progress)
     store_of_run.finish(items, list(variants))
     answers = {

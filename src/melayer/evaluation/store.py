@@ -14,7 +14,7 @@ from melayer.errors import InputError
 from melayer.evaluation.harness import Item
 from melayer.evaluation.result import StoredAnswer
 from melayer.evaluation.settings import EvalSettings, SharedSettings, TaskSettings
-from melayer.runs import jsonl, ours, records
+from melayer.runs import atomic, jsonl, ours, records
 from melayer.runs.json_text import json_text, writable
 from melayer.runs.processes import Group
 
@@ -50,14 +50,28 @@ class Store:
     settings: EvalSettings
     group: Group
     records: dict[Key, StoredAnswer] = field(default_factory=dict)
+    known: frozenset[Key] = frozenset()
+    """Those that were there when it was opened."""
 
     @classmethod
-    def opened(cls, directory: Path | None, settings: EvalSettings, group: Group) -> Store:
+    def opened(
+        cls,
+        directory: Path | None,
+        settings: EvalSettings,
+        group: Group,
+        items: Mapping[str, Sequence[Item]] | None = None,
+    ) -> Store:
         """What the directory holds of these settings.
 
+        Args:
+            directory: Where answers are kept; None for memory alone.
+            settings: All that they depend on.
+            group: The processes that answer.
+            items: What is asked, by task: kept answers have to be to these.
+
         Raises:
-            InputError: It holds answers of other settings.
-            OutputError: It cannot be read or written.
+            InputError: It holds answers of other settings, or to other questions.
+            OutputError: It is not ours, or cannot be read or written.
         """
         store = cls(None, writable(settings), group)
         if directory is None:
@@ -65,7 +79,7 @@ class Store:
         main = directory / FILE
         store.path = main if group.rank == 0 else directory / _RANK.replace("*", str(group.rank))
         with jsonl.keeping("answers", main):
-            directory.mkdir(parents=True, exist_ok=True)
+            atomic.require_writable(directory)
             found = [main, *sorted(directory.glob(_RANK))] if group.rank == 0 else []
             ours.require(found)
             files = [file for file in found if ours.is_there(file)]
@@ -74,17 +88,16 @@ class Store:
             if answers:  # else nothing can be mixed, and nothing lost
                 store._agree(kept, file)
                 store.records |= answers
+        store.check(items or {})
         with jsonl.keeping("answers", main):
-            if group.rank == 0:
+            if files:
                 store._write(main, store.records.values())
-                for file in files:
-                    if file != main:
-                        file.unlink()
+            for file in files:
+                if file != main:
+                    file.unlink()
         # The first process alone reads; the others learn from it what is there, and begin files of their own.
         store.records = {key_of(record): record for record in group.gather(list(store.records.values()))}
-        if group.rank:
-            with jsonl.keeping("answers", store.path):
-                store._write(store.path, ())
+        store.known = frozenset(store.records)
         return store
 
     @staticmethod
@@ -107,6 +120,10 @@ class Store:
             answer = _answer(row, settings["tasks"], f"{said}: line {number}")
             answers[key_of(answer)] = answer
         return settings, answers
+
+    def _own(self) -> list[StoredAnswer]:
+        """What this process has answered."""
+        return [record for key, record in self.records.items() if key not in self.known]
 
     def _write(self, path: Path, answers: Iterable[StoredAnswer]) -> None:
         jsonl.replace(path, itertools.chain([{_HEAD: self.settings}], answers))
@@ -149,8 +166,9 @@ class Store:
             with jsonl.keeping("answers", self.path):
                 if ours.is_there(self.path):
                     jsonl.append(self.path, records)
-                else:  # somebody has removed it
-                    self._write(self.path, self.records.values())
+                else:  # the first ones, or somebody has removed it
+                    own = self.records.values() if self.group.rank == 0 else self._own()
+                    self._write(self.path, own)
 
     def finish(self, items: Mapping[str, Sequence[Item]], variants: Sequence[str]) -> None:
         """All answers in every process; the file in the items' order, so that equal runs have equal files."""

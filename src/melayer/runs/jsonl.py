@@ -31,8 +31,6 @@ class Lines:
     values: list[dict[str, Any]]
     rest: bytes
     """A last line that does not end."""
-    tidy: bool
-    """Whether lines can be added as it is: the last one ends, all have checksums, and no other name is of this file."""
 
 
 def read(path: Path, said: str, todo: str) -> Lines:
@@ -51,9 +49,8 @@ def read(path: Path, said: str, todo: str) -> Lines:
     """
     try:
         content = ours.read_bytes(path)
-        links = path.stat().st_nlink
     except (FileNotFoundError, NotADirectoryError):
-        return Lines([], b"", tidy=True)
+        return Lines([], b"")
     except (OSError, ValueError) as error:
         raise OutputError(f"{said}: {reason(error)}. {todo}") from error
     # Not splitlines(), which also cuts at separators that JSON strings may hold.
@@ -67,7 +64,7 @@ def read(path: Path, said: str, todo: str) -> Lines:
         records.parse(line, dict[str, Any], f"{said}: line {number}", todo)
         for number, (line, _) in enumerate(found, start=1)
     ]
-    return Lines(values, rest, tidy=not rest and sealed == len(found) and links == 1)
+    return Lines(values, rest)
 
 
 def append(path: Path, values: Iterable[Mapping[str, Any]]) -> None:

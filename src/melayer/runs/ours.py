@@ -1,9 +1,9 @@
 """What melayer wrote, told from what others did: looked at before anything is touched.
 
 Every file of ours says in its first bytes that it is one, in its own format: JSON by `melayer_version` among its first
-fields, a page by its generator, a log by the name of what it is of, tensors by a field of their header. A file that
-does not say so, a link, a directory, a pipe, and a file that somebody made read-only are not ours to change: nothing is
-written over them, nothing added to them, and nothing is read that could wait for ever.
+fields, a page by its generator, a log by the name of what it is of, tensors by a field of their header, a README by a
+comment. A file that does not say so, a link, a directory, a pipe, and a file that somebody made read-only are not ours
+to change: nothing is written over them, nothing added to them, and nothing is read that could wait for ever.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _LOG = re.compile(rb'\{"[a-z_]+_of": \{')
 _PAGE = re.compile(
     rb'<!doctype html>.{0,600}?(<meta name="generator" content="melayer|<title>Massive activations of )', re.DOTALL
 )
+_CARD = re.compile(rb"---\n.{0,600}?<!-- Written by melayer", re.DOTALL)
 
 
 def foreign(path: Path) -> str | None:
@@ -37,7 +38,7 @@ def foreign(path: Path) -> str | None:
     try:
         status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return "would be below something that is no directory" if _is_blocked(path.parent) else None
     if stat.S_ISLNK(status.st_mode):
         return "is a link"
     if not stat.S_ISREG(status.st_mode):
@@ -62,7 +63,7 @@ def written_by_melayer(path: Path) -> bool:
     """Whether a regular file says that melayer wrote it."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    if any(form.match(head) for form in (_JSON, _MASK, _LOG, _PAGE)):
+    if any(form.match(head) for form in (_JSON, _MASK, _LOG, _PAGE, _CARD)):
         return True
     if path.suffix == ".safetensors":
         # Those of the first version do not say it themselves; the record beside them does.
@@ -105,6 +106,11 @@ def read_bytes(path: Path) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(0, f"it is {_kind(status.st_mode)} and no file", str(path))
     return path.read_bytes()
+
+
+def _is_blocked(directory: Path) -> bool:
+    """Whether something else is where a directory would be made."""
+    return is_there(directory) and not directory.is_dir()
 
 
 def _kind(mode: int) -> str:

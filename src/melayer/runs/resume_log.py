@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from melayer.errors import InputError
-from melayer.runs import jsonl, ours, records
+from melayer.runs import atomic, jsonl, ours, records
 from melayer.runs.json_text import json_text, writable
 
 if TYPE_CHECKING:
@@ -48,14 +48,17 @@ class ResumeLog(Generic[Key, Item]):
     depends_on: Mapping[str, Any] = field(default_factory=dict)
     items: dict[Key, Item] = field(default_factory=dict)
     notes: dict[Key, list[str]] = field(default_factory=dict)
+    settled: bool = False
+    """Whether lines can be added to the file. At first it is written anew: it is not there yet, or its last line does
+    not end, or it has another name, or no checksums."""
 
     @classmethod
     def opened(
         cls, entries: Entries[Key, Item], path: str | Path | None, depends_on: Mapping[str, Any]
     ) -> ResumeLog[Key, Item]:
-        """What the file holds; it is made if it is missing, and a last line that was cut off is dropped.
+        """What the file holds, without a last line that was cut off.
 
-        Nothing is changed before all of it is read and found to be of this measurement.
+        Nothing is changed before the first item is added, and then only if all of it was of this measurement.
 
         Args:
             entries: How the measurement keeps its items.
@@ -81,10 +84,12 @@ class ResumeLog(Generic[Key, Item]):
         self._take(item, notes)
         if self.path is not None:
             with jsonl.keeping(self.entries.measurement, self.path):
-                if ours.is_there(self.path):
+                if self.settled and ours.is_there(self.path):
                     jsonl.append(self.path, [self._line(self.entries.key(item))])
-                else:  # somebody has removed it
-                    self._write()
+                else:
+                    lines = map(self._line, self.items)
+                    jsonl.replace(self.path, [{self.entries.head: self.depends_on}, *lines])
+                    self.settled = True
 
     def notes_of(self, keys: Sequence[Key]) -> Iterator[str]:
         """What was noted at these items, in their order."""
@@ -97,13 +102,10 @@ class ResumeLog(Generic[Key, Item]):
     def _line(self, key: Key) -> dict[str, Any]:
         return {self.entries.item: asdict(self.items[key]), "notes": self.notes[key]}
 
-    def _write(self) -> None:
-        assert self.path is not None
-        jsonl.replace(self.path, [{self.entries.head: self.depends_on}, *map(self._line, self.items)])
-
     def _read(self, path: Path) -> None:
         what = self.entries.measurement
         with jsonl.keeping(what, path):
+            atomic.require_writable(path.parent)
             ours.require([path])
             there = ours.is_there(path)
         said = f"{path} holds no {what} that can be read"
@@ -123,9 +125,6 @@ class ResumeLog(Generic[Key, Item]):
             )
         for number, value in enumerate(values, start=2):
             self._take(*self._item(value, f"{said}: line {number}"))
-        if not there or differing or not lines.tidy or not lines.values:
-            with jsonl.keeping(what, path):
-                self._write()
 
     def _item(self, value: dict[str, Any], said: str) -> tuple[Item, list[str]]:
         """What a line holds."""

@@ -25,7 +25,7 @@ CHECKSUMS = "melayer_checkpoint.json"
 """The sha256 of each file of a checkpoint, so that a run never goes on from weights that are not its own."""
 CLAIMED = (
     STAGING, "checkpoint-*", "log.jsonl", "report.html", "*.json", "*.safetensors", "*.bin", "*.jinja", "*.model",
-    "*.tiktoken", "vocab.*", "merges.txt",
+    "*.tiktoken", "vocab.*", "merges.txt", "README.md",
 )  # fmt: skip
 """What a run may write into its directory, as patterns: a new run begins where nothing of it is."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
