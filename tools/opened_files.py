@@ -53,7 +53,9 @@ def traced(command: Sequence[str], place: Path) -> tuple[subprocess.CompletedPro
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"HOME": str(place), "TMPDIR": str(place), "MELAYER_CACHE": str(place / "cache")}
     run = ["strace", "-f", "-y", "-qq", "-s", "4096", "-e", "trace=open,openat,connect", "-o", str(trace), *command]
-    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment, input="y\n" * 20, cwd=place)
+    done = subprocess.run(
+        run, capture_output=True, text=True, check=False, env=environment, input="y\n" * 20, cwd=place
+    )
     return done, trace.read_text(encoding="utf-8", errors="replace").splitlines()
 
 

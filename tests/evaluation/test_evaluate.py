@@ -51,7 +51,7 @@ def result(model, benchmarks):
 
 
 def rows(directory, *, seconds=False):
-    lines = [json.loads(line) for line in (directory / FILE).read_text().splitlines()]
+    lines = jsonl.read(directory / FILE, "", "").values
     return [line if seconds else {key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
@@ -198,20 +198,19 @@ def test_other_settings_never_mix(model, benchmarks, tmp_path, options, message)
 def test_an_option_that_is_newer_than_the_store_and_not_set_changes_nothing(model, benchmarks, tmp_path):
     which = {"mask": variants()["mask"]}
     run(model, benchmarks[1:2], which, store=tmp_path)
-    head, *rest = (tmp_path / FILE).read_text().splitlines()
-    older = json.loads(head)
+    older, *rest = jsonl.read(tmp_path / FILE, "", "").values
     assert older["eval_of"]["variants"]["mask"].pop("by_layer") is None
-    (tmp_path / FILE).write_text("\n".join([json.dumps(older), *rest]) + "\n")
+    jsonl.replace(tmp_path / FILE, [older, *rest])
     run(model, benchmarks[1:2], which, store=tmp_path, progress=lambda *_: pytest.fail("asked again"))
 
 
 def test_what_is_no_store_is_left_alone(model, benchmarks, tmp_path):
     (tmp_path / FILE).write_text("a diary\nof two lines\n")
-    with pytest.raises(InputError, match="holds no evaluation that can be read"):
+    with pytest.raises(OutputError, match="eval.jsonl was not written by melayer, so it is left as it is"):
         run(model, benchmarks[1:2], store=tmp_path)
     assert (tmp_path / FILE).read_text() == "a diary\nof two lines\n"
     (tmp_path / FILE).write_text("a diary")
-    with pytest.raises(InputError, match="holds no evaluation that can be read"):
+    with pytest.raises(OutputError, match="eval.jsonl was not written by melayer, so it is left as it is"):
         run(model, benchmarks[1:2], store=tmp_path)
     assert (tmp_path / FILE).read_text() == "a diary"
 

@@ -22,7 +22,12 @@ def strange(opened_files, model, models, place):
     place.mkdir()
     command = [sys.executable, "-m", "melayer", "locate", str(model), "--text", TEXT, "--json"]
     done, lines = opened_files.traced(command, place)
-    allowed = [*(str(one.resolve()) for one in models), str(place.resolve()), *opened_files.python(), *opened_files.SYSTEM]
+    allowed = [
+        *(str(one.resolve()) for one in models),
+        str(place.resolve()),
+        *opened_files.python(),
+        *opened_files.SYSTEM,
+    ]
     return done, list(opened_files.strange(lines, allowed))
 
 

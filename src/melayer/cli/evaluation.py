@@ -14,7 +14,8 @@ from melayer.cli.masks import MaskRequest, located, require_plain
 from melayer.cli.options import Chat, Model, Options, Selectors, SelectorSeed, StoredOptions, Strength, System, flat
 from melayer.cli.output import answer, command_line, require_writable
 from melayer.cli.parsing import items_of, rates_of
-from melayer.cli.session import load, own_device, progress, stderr
+from melayer.cli.session import load, own_device, progress
+from melayer.cli.streams import stderr
 from melayer.errors import InputError, require_known
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from melayer.cli.options import Epsilon, FirstTokens, Model, Options, flat
-from melayer.cli.output import answer, command_line, require_writable
+from melayer.cli.output import answer, command_line, require_writable, written_or_shown
 from melayer.cli.session import Advance, load, progress
 from melayer.cli.tuning_options import TuneOptions
 from melayer.errors import InputError
@@ -108,8 +108,11 @@ def contrast_command(
     mask = None if second_masked is None else second_masked.mask
     first, first_masked = _measured(before, options, arguments, mask, own=False)
     result = contrast(first, second, before_masked=first_masked, after_masked=second_masked)
-    written = None if out is None else write_contrast_report(result, out, command=command_line())
-    answer(options.output.as_json, result.to_dict, lambda to: show_contrast(result, to), written)
+    shown = (options.output.as_json, result.to_dict, lambda to: show_contrast(result, to))
+    written = None
+    if out is not None:
+        written = written_or_shown(lambda: write_contrast_report(result, out, command=command_line()), *shown)
+    answer(*shown, written)
 
 
 def _measured(

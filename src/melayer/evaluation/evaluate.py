@@ -90,6 +90,7 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
         raise InputError("Nothing to evaluate: give at least one benchmark and one variant.")
     chat = _asks_by_template(tokenizer, chat, system)
     subject = Subject.of(model, tokenizer, parts=parts, name=name)
+    group = Group.joined(model.device.type)
     with (
         hub_code(any(benchmark.trust_remote_code for benchmark in benchmarks)),
         harness(model, tokenizer, batch_size=batch_size, max_length=max_length) as lm,
@@ -104,8 +105,7 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
             "tasks": {benchmark.name: _described(benchmark, limit, asked[benchmark.name]) for benchmark in benchmarks},
             "variants": {label: _variant(variant) for label, variant in variants.items()},
         }
-        store_of_run = Store.opened(None if store is None else Path(store), settings, Group.joined(model.device.type))
-        store_of_run.check(items)
+        store_of_run = Store.opened(None if store is None else Path(store), settings, group, items)
         _answer_missing(_Questions(subject, lm, items, variants), store_of_run, progress)
     store_of_run.finish(items, list(variants))
     answers = {

@@ -97,7 +97,6 @@ def harness(
         with quiet():
             lm = Quiet(
                 pretrained=model,
-                trust_remote_code=False,
                 tokenizer=copy.deepcopy(tokenizer),  # it sets padding on the one that it is given
                 batch_size=batch_size,
                 max_length=max_length,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+from typing import (
+    Any,
+    NotRequired,  # pydantic reads those of `typing` from Python 3.12 on
+)
+
+from typing_extensions import TypedDict
 
 
 class MetricSettings(TypedDict):

@@ -118,7 +118,7 @@ def name_base(directory: Path, name: str) -> None:
     path = directory / FILE
     if path.exists():
         values = json.loads(path.read_text(encoding="utf-8"))
-        atomic.write_text(path, json.dumps({**values, "base_model_name_or_path": name}, indent=2))
+        atomic.write_text(path, json.dumps({**values, "base_model_name_or_path": name}, indent=2), own=True)
 
 
 def merged(model: PreTrainedModel, adapter: Adapter, base: str) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from melayer.interventions.baked_prefix import BakedPrefix
 from melayer.model.provenance import ModelInfo
 from melayer.numerics.grids import Format
 from melayer.numerics.paired import Difference
-from melayer.quantisation.calibration import Granularity, ScaleSet, write_scales
+from melayer.quantisation.calibration import ABOUT, TENSORS, Granularity, ScaleSet, write_scales
 from melayer.quantisation.linear_inputs import LinearInput, joined
 from melayer.quantisation.settings import QuantCheckSettings
 from melayer.quantisation.treatments import BAKED, Treatment
@@ -209,6 +209,12 @@ class QuantCheckResult:
             if change is not None and row.treatment in _CHANGED:
                 effects.append(TreatmentEffect(row.format, row.granularity, _CHANGED[row.treatment], change))
         return effects
+
+    @staticmethod
+    def files_of(directory: Path) -> list[Path]:
+        """What `save` may write into a directory."""
+        prefixes = [path for treatment in BAKED for path in BakedPrefix.files_of(directory / treatment)]
+        return [directory / TENSORS, directory / ABOUT, *prefixes]
 
     def save(self, directory: str | Path) -> list[Path]:
         """Writes the scales of every static setting, and in a directory of its treatment's name each baked prefix.
