@@ -214,7 +214,7 @@ class Corpus:
                 except BadRowError:
                     continue
                 where = "" if isinstance(row, str) else f", its texts from the column {columns.column_in(row)!r}"
-                return f"{shown(self.source)} is read as {format.said}{where}."
+                return f"{shown(Path(self.source).name)} is read as {format.said}{where}."
         return ""
 
     def count(self) -> int | None:

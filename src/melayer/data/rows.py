@@ -111,6 +111,20 @@ def encode(
     return tuple(rows)
 
 
+def bos_note(rows: Sequence[Row]) -> str:
+    """What is said where texts bring their own begin-of-sequence token; empty where none does."""
+    bringing = [row for row in rows if row.own_bos]
+    if not bringing:
+        return ""
+    most = max(row.own_bos for row in bringing)
+    several = f", up to {most} of them" if most > 1 else ""
+    token = f" ({visible(bringing[0].tokens[0])})" if bringing[0].tokens else ""
+    return (
+        f"{len(bringing)} of {len(rows)} sequences begin with a begin-of-sequence token{token} that their text brings"
+        f"{several}, as a chat template writes it: it stays as it is, and none is added."
+    )
+
+
 def kept_tokens(max_tokens: int | None, max_positions: int | None, *, at_least: int = 1) -> int:
     """How many tokens a sequence may have: what was asked for, or 512, or the model's positions if they are fewer.
 

@@ -54,7 +54,7 @@ def read_texts(path: Path, *, whole: bool = False, column: str | None = None, li
         raise InputError(f"The text file {shown(path)} is empty. Give one with text in it.")
     if not texts:
         raise InputError(corpus.nothing(left_out, len(left_out)))
-    rejected = Rejected(shown(path))
+    rejected = Rejected(shown(path.name))
     for found in left_out:
         rejected.add(found.reason)
     for note in (corpus.said, _old_ends(path, texts, whole), rejected.note):
@@ -67,4 +67,4 @@ def _old_ends(path: Path, texts: list[str], whole: bool) -> str:
     """What is said where only carriage returns stand between what may have been lines."""
     if whole or len(texts) > 1 or "\r" not in texts[0]:
         return ""
-    return f"{shown(path)} has carriage returns and no line feed, so it is one text: a line ends at a line feed."
+    return f"{shown(path.name)} has carriage returns and no line feed, so it is one text: a line ends at a line feed."

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from melayer.data.files import printable
 from melayer.errors import InputError, border
 
 if TYPE_CHECKING:
@@ -149,29 +148,6 @@ def check_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> None:
         raise InputError(
             "A begin-of-sequence token was asked for, but this tokenizer has none. Leave the choice to the tokenizer."
         )
-
-
-def bos_note(tokenizer: PreTrainedTokenizerBase, own_bos: Sequence[int], what: str = "text") -> str:
-    """What is said where texts bring their own begin-of-sequence token; empty where none does.
-
-    Args:
-        tokenizer: The model's.
-        own_bos: Of each text, how many it begins with.
-        what: What the texts are called.
-    """
-    bringing = [place for place, count in enumerate(own_bos) if count]
-    if not bringing:
-        return ""
-    most = max(own_bos)
-    several = f" (up to {most} of them)" if most > 1 else ""
-    them = (
-        f"The {what}" if len(own_bos) == 1 else f"{len(bringing)} of {len(own_bos)} {what}s, the first {bringing[0]},"
-    )
-    one = "brings" if len(bringing) == 1 or len(own_bos) == 1 else "bring"
-    return (
-        f"{them} {one} the begin-of-sequence token {printable(str(tokenizer.bos_token))!r}{several}, as a chat "
-        "template writes it: it stays as it is, and none is added."
-    )
 
 
 def _call(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str], *, special: bool) -> list[Any]:

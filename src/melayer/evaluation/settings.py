@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class MetricSettings(TypedDict):
@@ -28,6 +28,8 @@ class TaskSettings(TypedDict):
     data_sha256: dict[str, str]
     cite: str
     metrics: dict[str, MetricSettings]
+    begins_with: NotRequired[str]
+    """Where the likelihood of whole texts is asked: what each begins with."""
 
 
 class SharedSettings(TypedDict, total=False):

@@ -10,10 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from melayer.data.files import is_there
 from melayer.errors import InputError, first_line
-from melayer.evaluation.local_files import ALIASES, BENCHMARKS, NAMES, custom_dataset, read_splits, splits_by_task
+from melayer.evaluation.local_files import (
+    ALIASES,
+    BENCHMARKS,
+    NAMES,
+    LocalRows,
+    custom_dataset,
+    read_splits,
+    splits_by_task,
+)
 from melayer.evaluation.punkt import provide_punkt
-from melayer.evaluation.xstest import xstest_task
+from melayer.evaluation.xstest import rows_of_the_hub, xstest_task
 from melayer.runs.cache import sha256_of
 
 
@@ -29,6 +38,8 @@ class Benchmark:
     data: Mapping[str, str]
     """For each local file its sha256; empty where the items come from the hub."""
     cite: str = ""
+    notes: tuple[str, ...] = ()
+    """On rows of the files that are left out."""
 
     def keys(self, limit: int | None = None) -> list[str]:
         """The items, as `task/place`: the first of each task, or all."""
@@ -68,7 +79,7 @@ def load_tasks(
     if not names:
         raise InputError(f"No tasks were given; expected some of {', '.join(NAMES)}, or names of lm-eval's tasks.")
     _check_installed()
-    if data is not None and not Path(data).is_dir():
+    if data is not None and not (is_there(Path(data)) and Path(data).is_dir()):
         raise InputError(f"There is no directory {data}. Give the one that holds the benchmarks' files.")
     with quiet():
         _check_names([name for name in names if name not in BENCHMARKS])
@@ -94,21 +105,22 @@ def _check_installed() -> None:
 
 def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
     known = BENCHMARKS[name]
-    local = data is not None and any((data / file).exists() for file in known.files.values())
+    local = data is not None and any(is_there(data / file) for file in known.files.values())
     if data is not None and not local and name != "aime24":
         file = next(iter(known.files.values()))
         raise InputError(
             f"{name} is to be read from {data}, but {data / file} is missing. Add it, or leave --data out."
         )
-    splits = {} if not local or data is None else read_splits(name, data)
+    found = LocalRows({}) if not local or data is None else read_splits(name, data)
     if name == "ifeval":
         provide_punkt()
     overrides: dict[str, Any] = {} if fewshot is None else {"num_fewshot": fewshot}
     if name == "xstest":
-        tasks = {"xstest": xstest_task(splits)}
+        found = found if local else rows_of_the_hub()
+        tasks = {"xstest": xstest_task(found.splits)}
     else:
         children = []
-        for task, rows in splits_by_task(name, splits).items():
+        for task, rows in splits_by_task(name, found.splits).items():
             child = {"task": task, **overrides}
             if rows:
                 child |= {"custom_dataset": custom_dataset(rows), "dataset_kwargs": None}
@@ -117,8 +129,8 @@ def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
                 child |= {key: None for key, split in unused.items() if split not in rows}
             children.append(child)
         tasks = _loaded(children, known.folder)
-    files = {} if data is None or not splits else {file: sha256_of(data / file) for file in known.files.values()}
-    return Benchmark(name, tasks, known.primary, files, known.cite)
+    files = {} if data is None or not local else {file: sha256_of(data / file) for file in known.files.values()}
+    return Benchmark(name, tasks, known.primary, files, known.cite, found.notes)
 
 
 def _other(name: str, fewshot: int | None) -> Benchmark:

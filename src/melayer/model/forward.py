@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from melayer.data.rows import Batch
+from melayer.errors import InputError
 from melayer.model import hooks
 
 if TYPE_CHECKING:
@@ -18,12 +19,34 @@ Run = Callable[["PreTrainedModel", Batch], None]
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> None:
-    """Runs a batch through the model for those who watch; nothing is returned and nothing is learnt."""
+    """Runs a batch through the model for those who watch; nothing is returned and nothing is learnt.
+
+    Raises:
+        InputError: A token is not the model's.
+    """
+    require_known_tokens(model, batch.ids)
     device = input_device(model)
     inputs = {"input_ids": batch.ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     # One row of logits is enough: nothing here looks at them, and all of them can outweigh the model.
     with hooks.measuring(model):
         model(**inputs, use_cache=False, logits_to_keep=1)
+
+
+def require_known_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Raises InputError where a token id has no row in the model's embedding: the tokenizer is not the model's.
+
+    Args:
+        model: What the ids are for.
+        ids: Of any shape, on the host.
+    """
+    known = embedding_weight(model).shape[0]
+    odd = ids[(ids < 0) | (ids >= known)]
+    if odd.numel():
+        raise InputError(
+            f"The texts have the token {int(odd[0])}, but the model has tokens 0 to {known - 1}: this is not the "
+            "tokenizer that it was trained with, or tokens were added to it alone. Give the model's own, or texts "
+            "without that token."
+        )
 
 
 def embedding_weight(model: PreTrainedModel) -> torch.Tensor:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from melayer.data.tokens import Ids
 from melayer.errors import InputError
 from melayer.interventions.mask import WeMask
 from melayer.measurements.settings import LAYERS_COUNTED_FROM
 from melayer.model import hooks
-from melayer.model.forward import input_device
+from melayer.model.forward import input_device, require_known_tokens
 from melayer.model.subject import Subject
 from melayer.studies.answers.result import SIDES, AnswerPair, AnswersResult, Side
 from melayer.studies.answers.streaming import Stream, TextPieces
@@ -71,6 +72,8 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
     templated = _templated(tokenizer, chat, system)
     subject = Subject.of(model, tokenizer, name=name)
     rows = [prompt_ids(tokenizer, prompt, templated, system) for prompt in prompts]
+    for row in rows:
+        require_known_tokens(subject.model, torch.tensor(row))
     _check_length(subject, max(map(len, rows)), max_new_tokens)
     decoding = _Decoding(max_new_tokens, temperature, seed)
     pairs = []
@@ -102,7 +105,7 @@ def prompt_ids(
 ) -> list[int]:
     """The tokens that an answer follows: of the prompt as it is, or of a user's turn with what begins the answer."""
     if not templated:
-        return list(tokenizer(prompt)["input_ids"])
+        return list(Ids.of(tokenizer, None).of_text(prompt).ids)
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": prompt})
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
