@@ -11,7 +11,8 @@ import toys
 from melayer.errors import InputError
 from melayer.tuning import data as training_data
 from melayer.tuning import rows as training_rows
-from melayer.tuning.data import RowOptions, read
+from melayer.tuning.data import RowOptions
+from melayer.tuning.sources import source_of
 
 PROMPT, ANSWER = "X w1 w2", "w3 w4"
 USER, ASSISTANT = {"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}
@@ -70,7 +71,8 @@ def written(directory, kind, rows):
 def test_every_kind_of_file(kind, plain, tmp_path):
     rows = small_runs.answers(5)
     path = written(tmp_path, kind, rows)
-    assert read(str(path)).to_list() == rows
+    source = source_of(path)
+    assert [value() for _, value in source.rows(source.columns)] == rows
     # A file, a Dataset and a list of the same rows are the same.
     whole = [prepare("sft", data, plain) for data in (path, Dataset.from_list(rows), rows)]
     assert len({prepared.sha256 for prepared in whole}) == 1
@@ -83,15 +85,15 @@ def test_files_that_are_none(tmp_path):
         if content is not None:
             path.write_text(content)
         with pytest.raises(InputError, match=match):
-            read(str(path))
+            source_of(path)
 
     refused("missing.jsonl", None, "There is no file .*missing.jsonl. Give a file with training rows")
     refused("empty.jsonl", "", "empty.jsonl is empty. Give a file with at least one row")
-    refused("rows.txt", "a", "rows.txt is not a file of rows; expected .jsonl, .json, .parquet or .csv, also with .gz")
-    refused("broken.jsonl", '{"a": 1\n{"b"', "broken.jsonl cannot be read: ")
-    refused("broken.parquet", "PAR0", "broken.parquet cannot be read: ")
-    with pytest.raises(InputError, match="is not a file of rows"):
-        read(str(tmp_path))
+    refused("rows.txt", "a", "rows.txt is not a file of rows but plain text; expected JSON lines, a JSON list, parquet")
+    refused("broken.jsonl", '{"a": 1\n{"b"', "No row of .*broken.jsonl can be used; the first, line 1: no JSON: ")
+    refused("broken.parquet", "PAR1", "broken.parquet cannot be read as parquet: ")
+    with pytest.raises(InputError, match="cannot be read: it is a directory"):
+        source_of(tmp_path)
 
 
 def test_a_set_that_the_hub_does_not_give(monkeypatch):
@@ -100,7 +102,7 @@ def test_a_set_that_the_hub_does_not_give(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(InputError, match="owner/name is not a file here, and cannot be had from the hub: no network"):
-        read("owner/name")
+        source_of("owner/name")
     assert load_dataset is not offline
 
 
@@ -174,7 +176,7 @@ def test_chats(plain, chat, marking):
     foreign = [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": ANSWER}]
     assert one("sft", {"conversations": foreign}, chat) == {"prompt": [USER], "completion": [ASSISTANT]}
     for messages, match in (
-        ([USER], "Row 0 of the data .counted from 0. is malformed: the last message is not the assistant's"),
+        ([USER], "No row of the data is left .* row 0, counted from 0: the last message is not the assistant's"),
         ([ASSISTANT], "there is no message before the assistant's"),
         ([{"role": "narrator", "content": "w1"}, ASSISTANT], "a message has role 'narrator'"),
         ("w1", "expected a list of messages, found a str"),

@@ -24,6 +24,7 @@ MAX_BYTES = 64 * 2**20
 """Of one row; a longer one is left out, so that memory is bounded whatever a file holds."""
 MAX_LIST_BYTES = 256 * 2**20
 """Of a JSON list, which is read whole."""
+_REST = 1 << 20  # bytes at once of a line that is too long
 _ROWS = 1024  # of a parquet file at a time
 _DIGITS = "Exceeds the limit"  # what Python says of integers of more than 4,300 digits
 _STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)
@@ -125,13 +126,14 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
     while line := file.readline(MAX_BYTES + 2):
         number += 1
         if len(line) == MAX_BYTES + 2 and not line.endswith(b"\n"):
-            while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+            while (rest := file.readline(_REST)) and not rest.endswith(b"\n"):
                 pass
             yield number, None
         elif not line.strip():
             yield number, b""
         else:
-            yield number, line.removesuffix(b"\n").removesuffix(b"\r") if line.endswith(b"\n") else line
+            content = line.removesuffix(b"\n").removesuffix(b"\r") if line.endswith(b"\n") else line
+            yield number, content if len(content) <= MAX_BYTES else None
 
 
 def text_of(content: bytes | None) -> str:
@@ -195,7 +197,7 @@ def _bad(why: str) -> Any:
     raise BadRowError(why)
 
 
-def _of_list(file: IO[bytes], path: Path, *, strings: bool) -> Iterator[Entry]:
+def _of_list(file: IO[bytes], path: Path, *, strings: bool) -> list[Entry]:
     """The elements of a JSON list; one that is broken costs no other."""
     content = file.read(MAX_LIST_BYTES + 1)
     if len(content) > MAX_LIST_BYTES:
@@ -207,14 +209,15 @@ def _of_list(file: IO[bytes], path: Path, *, strings: bool) -> Iterator[Entry]:
     text = content.decode("utf-8", errors="surrogateescape")
     decoder, place, number = json.JSONDecoder(), text.index("[") + 1, 0
     place = _behind_space(text, place)
+    found: list[Entry] = []  # all before the first is given: a list that is cut off is none
     while not text.startswith("]", place):
         number += 1
         try:
             value, end = decoder.raw_decode(text, place)
-            yield Entry("element", number, value, _as_it_is if strings else _no_string)
+            found.append(Entry("element", number, value, _as_it_is if strings else _no_string))
         except (ValueError, RecursionError, MemoryError) as error:
             end = _end_of_element(text, place, path, number)
-            yield Entry("element", number, _why(error), _bad)
+            found.append(Entry("element", number, _why(error), _bad))
         end = _behind_space(text, end)
         if text.startswith(",", end):
             end = _behind_space(text, end + 1)
@@ -223,6 +226,7 @@ def _of_list(file: IO[bytes], path: Path, *, strings: bool) -> Iterator[Entry]:
         place = end
     if text[place + 1 :].strip():
         raise InputError(f"{shown(path)} begins as a JSON list, but goes on behind its end. Write one object a line.")
+    return found
 
 
 def _behind_space(text: str, place: int) -> int:

@@ -74,7 +74,7 @@ def format_of(path: Path, *, whole: bool = False) -> Format | None:
         InputError: It cannot be read, or is nothing that holds texts.
     """
     name = f"The file {shown(path)}"
-    with border(f"{name} cannot be read", "Copy or download it again."):
+    with border(f"{name} cannot be read to its end", "Copy or download it again."):
         with opened(path) as file:
             beginning = file.read(SAMPLE)
         with path.open("rb") as raw:

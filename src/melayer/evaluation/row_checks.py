@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from melayer.data.documents import checked_text, kind_of
 from melayer.data.entries import BadRowError
 from melayer.errors import reason
+from melayer.evaluation.punkt import provide_punkt
 
 Row = dict[str, Any]
 LETTERS = "ABCD"
@@ -78,9 +80,17 @@ def _mmlu(row: Row) -> Row:
     return {**row, "choices": list(choices), "answer": answer}
 
 
-def _ifeval(row: Row) -> Row:
+@functools.cache
+def _instructions() -> dict[str, Any]:
+    """IFEval's checkers by name; their module would download what `punkt` provides."""
+    provide_punkt()
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
+    return dict(INSTRUCTION_DICT)
+
+
+def _ifeval(row: Row) -> Row:
+    known = _instructions()
     checked_text(row["prompt"], "its prompt")
     names, options = row["instruction_id_list"], row["kwargs"]
     if isinstance(row["key"], bool) or not isinstance(row["key"], int):
@@ -88,12 +98,12 @@ def _ifeval(row: Row) -> Row:
     if not isinstance(names, list) or not isinstance(options, list) or len(names) != len(options) or not names:
         raise BadRowError("its instruction_id_list and kwargs are no lists of the same length")
     for name, given in zip(names, options, strict=True):
-        if not isinstance(name, str) or name not in INSTRUCTION_DICT:
+        if not isinstance(name, str) or name not in known:
             raise BadRowError(f"there is no instruction {str(name)[:60]!r}")
         if not isinstance(given, Mapping):
             raise BadRowError(f"the kwargs of {name} are {kind_of(given)} and no object")
         try:
-            INSTRUCTION_DICT[name](name).build_description(**{key: value for key, value in given.items() if value})
+            known[name](name).build_description(**{key: value for key, value in given.items() if value})
         except Exception as error:
             raise BadRowError(f"the kwargs of {name} are refused: {reason(error)}") from error
     return row
