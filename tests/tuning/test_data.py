@@ -5,7 +5,10 @@ import json
 
 import pytest
 from datasets import Dataset, load_dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
+import hostile_corpora
 import small_runs
 import toys
 from melayer.errors import InputError
@@ -40,6 +43,10 @@ def marking():
         "{% if add_generation_prompt %}w2 {% endif %}"
     )
     return tokenizer
+
+
+TOKENIZERS = [toys.tokenizer(), toys.tokenizer()]
+TOKENIZERS[1].chat_template = small_runs.TEMPLATE
 
 
 def prepare(method, data, tokenizer, *, max_length=None, seed=0, **options):
@@ -309,3 +316,93 @@ def test_only_the_first_rows(plain):
     assert len(prepare("sft", small_runs.answers(9), plain, limit=4).rows) == 4
     with pytest.raises(InputError, match="limit is 0; expected at least 1"):
         prepare("sft", small_runs.answers(9), plain, limit=0)
+
+
+# --- rows that cannot be used -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", hostile_corpora.ROWS)
+def test_hostile_rows_cost_themselves_alone(name, plain, chat, tmp_path):
+    path = hostile_corpora.ROWS[name](tmp_path)
+    good = hostile_corpora.GOOD[name]
+    tokenizer = chat if "messages" in name else plain
+    if not good:
+        with pytest.raises(InputError, match=r"cannot be read: it is a|No row of .* is left to train on"):
+            prepare("sft", path, tokenizer)
+        return
+    prepared = prepare("sft", path, tokenizer)
+    assert len(prepared.rows) == good
+    total = sum(prepared.left_out.values())
+    assert bool(prepared.notes) == bool(total)
+
+
+def test_a_row_that_is_malformed_is_left_out_counted_and_named(plain):
+    rows = [*small_runs.answers(3), {"prompt": 3, "response": "w1"}, None, {"prompt": "w1 \ud800", "response": "w2"}]
+    prepared = prepare("sft", rows, plain)
+    assert len(prepared.rows) == 3
+    assert prepared.left_out == {"empty": 0, "too_long": 0, "malformed": 3}
+    assert prepared.notes == (
+        "3 rows are left out of the data: row 3, counted from 0: messages need a tokenizer with a chat template; "
+        "row 4, counted from 0: null and no object with columns; row 5, counted from 0: it holds U+D800 at character 3, "
+        "half of a surrogate pair.",
+    )
+
+
+def test_a_template_that_refuses_costs_the_row(plain):
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    rows = [{"prompt": "w1", "response": "w2"}]
+    assert len(prepare("sft", rows, tokenizer, max_length=9).rows) == 1
+    with pytest.raises(
+        InputError, match="No row of the data is left .* row 0, counted from 0: System role not supported"
+    ):
+        prepare("sft", rows, tokenizer, max_length=9, system="w3")
+
+
+def test_a_token_beyond_the_embedding_costs_the_row(plain):
+    tokenizer = toys.tokenizer()
+    tokenizer.add_tokens(["beyond"])
+    rows = [{"text": "w1 w2"}, {"text": "w1 beyond"}]
+    prepared = training_data.prepare("sft", rows, tokenizer, RowOptions(), max_length=9, vocabulary=toys.VOCAB)
+    assert len(prepared.rows) == 1
+    assert "it has the token 64, and the model has tokens 0 to 63" in prepared.notes[0]
+
+
+def test_bos_that_a_row_brings_reaches_the_trainer_once():
+    tokenizer = toys.beginning_tokenizer()
+    for row, part in (({"text": "<s> w4 w5"}, "text"), ({"prompt": "<s> w4 w5", "response": "w6"}, "prompt")):
+        prepared = prepare("sft", [row, {name: value.removeprefix("<s> ") for name, value in row.items()}], tokenizer)
+        own, plain = prepared.rows
+        assert tokenizer(own[part])["input_ids"] == tokenizer(plain[part])["input_ids"] == [1, 7, 8]
+        assert prepared.notes[0].startswith("1 rows bring the begin-of-sequence token themselves")
+    twice = prepare("sft", [{"text": "<s> <s> w4"}], tokenizer).rows[0]
+    assert tokenizer(twice["text"])["input_ids"] == [1, 1, 7]
+    # A tokenizer that adds none gets what there is.
+    assert one("sft", {"text": "<s> w4"}, toys.tokenizer()) == {"text": "<s> w4"}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "a"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(json_values | st.dictionaries(st.sampled_from(["prompt", "response"]), json_values), max_size=5), st.data()
+)
+def test_no_good_row_is_lost_whatever_stands_beside_it(others, data):
+    good = small_runs.answers(2)
+    rows = [good[0]]
+    for other in [*others, good[1]]:
+        rows.insert(data.draw(st.integers(0, len(rows))), other)
+    for tokenizer in TOKENIZERS:
+        prepared = prepare("sft", rows, tokenizer)
+        kept = [str(row) for row in prepared.rows]
+        assert all(str(one("sft", row, tokenizer)) in kept for row in good)
+        assert len(prepared.rows) + sum(prepared.left_out.values()) == len(rows)

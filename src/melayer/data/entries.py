@@ -260,8 +260,11 @@ def _of_csv(file: IO[bytes], path: Path) -> Iterator[Entry]:
     """The rows of a table, each as a dictionary of its columns."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_BYTES))  # it is 131,072 characters otherwise
     # What is not UTF-8 becomes lone surrogates, which cost the row in which they stand.
-    lines = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    rows = csv.reader(lines, dialect="excel-tab" if ".tsv" in path.name.lower() else "excel")
+    with io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
+        yield from _of_table(csv.reader(lines, dialect="excel-tab" if ".tsv" in path.name.lower() else "excel"))
+
+
+def _of_table(rows: Any) -> Iterator[Entry]:
     header: list[str] | None = None
     while True:
         try:
