@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -127,6 +127,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w0"
     )
+
+
+def beginning_tokenizer(*, ends: bool = False) -> PreTrainedTokenizerFast:
+    """The same, but it puts BOS in front of every text by itself, and the end of text behind it if asked."""
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if ends else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return made
 
 
 def text(n_tokens: int, *, x_at: int | None, seed: int = 0) -> str:

@@ -139,7 +139,7 @@ def test_bad_input(toy_directory, tmp_path):
         "holds no config.json": ("locate", tmp_path),
         "Text 0 is empty": ("locate", toy_directory, "--text", " "),
         "is empty. Give one with text": ("locate", toy_directory, "--file", tmp_path / "empty.txt"),
-        "is not UTF-8: byte 3": ("locate", toy_directory, "--file", latin),
+        "is no text in UTF-8": ("locate", toy_directory, "--file", latin),
         "300 tokens were asked for, but the model has 256 positions": (
             "locate", toy_directory, "--max-tokens", 300,
         ),

@@ -91,7 +91,9 @@ def test_holm_is_over_what_a_benchmark_is_judged_by(result):
     assert all(change.comparison.p_holm is None for change in result.changes if not change.primary)
 
 
-def test_plain_is_what_lm_eval_itself_finds(model, data, result):
+def test_plain_is_what_lm_eval_itself_finds(model, data, benchmarks):
+    # lm-eval puts BOS before whole texts, which this tokenizer does not by itself.
+    result = run(model, benchmarks, {"plain": None}, bos=True)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -120,6 +122,60 @@ def test_plain_is_what_lm_eval_itself_finds(model, data, result):
                 name = key if key in scores else metric
                 if name in scores and isinstance(value, float):
                     assert scores[name].value == pytest.approx(value, rel=1e-6), (key, filtered)
+
+
+def nll_of(model, ids):
+    """Of all tokens but the first, each from all before it."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+    return -torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_whole_text_begins_as_the_tokenizer_begins_it(model, benchmarks, adds):
+    tokenizer = toys.beginning_tokenizer() if adds else toys.tokenizer()
+    (wikitext,) = [benchmark for benchmark in benchmarks if benchmark.name == "wikitext2"]
+    (task,) = wikitext.tasks.values()
+    for bos, first in ((None, [1] * adds), (True, [1]), (False, [])):
+        found = evaluate(model, tokenizer, [wikitext], {"plain": None}, batch_size=2, max_length=512, bos=bos)
+        begins = "BOS (<s>)" if first else "the text's first token, which is not predicted"
+        assert found.settings["tasks"]["wikitext2"]["begins_with"] == begins
+        for place, answer in enumerate(found.answers["wikitext2"]["plain"].values()):
+            text = task.doc_to_target(task.eval_docs[place])
+            ids = [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+            assert answer["output"] == pytest.approx(nll_of(model, ids), rel=1e-5)
+
+
+def test_a_whole_text_longer_than_the_model_is_scored_in_windows(model, tmp_path):
+    data = small_benchmarks.write(tmp_path, n=2)
+    (data / "wikitext2/wiki.test.raw").write_text(f" \n = w1 = \n \n {toys.text(50, x_at=None)} \n")
+    (wikitext,) = load_tasks(["wikitext2"], data=data)
+    found = evaluate(model, toys.tokenizer(), [wikitext], {"plain": None}, batch_size=2, max_length=16)
+    (answer,) = found.answers["wikitext2"]["plain"].values()
+    (task,) = wikitext.tasks.values()
+    ids = toys.tokenizer()(task.doc_to_target(task.eval_docs[0]))["input_ids"]
+    # As lm-eval's windows go: each token once, from the one before the window on.
+    expected, done = 0.0, 1
+    expected += nll_of(model, ids[:17])
+    done = 17
+    while done < len(ids):
+        end = min(done + 16, len(ids))
+        start = end - 17
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[start : end - 1]]), use_cache=False).logits[0].float().log_softmax(-1)
+        expected += sum(logits[at - start - 1, ids[at]].item() for at in range(done, end))
+        done = end
+    assert answer["output"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_that_cannot_be_asked_are_said_beside_the_scores(model, tmp_path):
+    data = small_benchmarks.write(tmp_path, n=2)
+    with (data / "xstest/xstest_prompts.csv").open("a") as file:
+        file.write("7,w1 ?,x,Safe\n")
+    found = run(model, load_tasks(["xstest"], data=data, max_new_tokens=4), {"plain": None})
+    note = "1 row is left out of xstest_prompts.csv: line 6: its label is 'Safe'; expected safe or unsafe."
+    assert note in found.notes
+    assert note in found.to_dict()["notes"]
 
 
 def test_log_likelihoods_are_added_up_in_float32(model, benchmarks):

@@ -173,3 +173,17 @@ def test_the_model_is_as_it_was_also_when_interrupted(model):
 def test_another_mask_at_work_is_refused(model):
     with WeMask(rate=0.5, layers=[5]).apply(model), pytest.raises(InputError, match="applied to this model"):
         melayer.answers(model, toys.tokenizer(), [PROMPT], mask=MASK, max_new_tokens=2)
+
+
+def test_a_prompt_that_brings_bos_does_not_get_another():
+    tokenizer = toys.beginning_tokenizer()
+    assert prompt_ids(tokenizer, "w4 w5", False) == prompt_ids(tokenizer, "<s> w4 w5", False) == [1, 7, 8]
+    assert prompt_ids(tokenizer, "<s> <s> w4", False) == [1, 1, 7]
+    assert prompt_ids(toys.tokenizer(), "w4", False) == [7]
+
+
+def test_a_token_beyond_the_embedding_is_said(model):
+    tokenizer = toys.tokenizer()
+    tokenizer.add_tokens(["beyond"])
+    with pytest.raises(InputError, match="The texts have the token 64, but the model has tokens 0 to 63"):
+        melayer.answers(model, tokenizer, ["w1 beyond"], mask=MASK, max_new_tokens=2)

@@ -115,6 +115,7 @@ def eval_command(  # noqa: PLR0913 - one parameter an option
             limit=items,
             batch_size=batch_size,
             max_length=max_length,
+            bos=arguments["bos"],
             parts=arguments["parts"],
             name=model,
             store=out,

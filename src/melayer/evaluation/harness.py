@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from melayer.data.chat import render
+from melayer.data.tokens import Affixes, Ids
 from melayer.errors import InputError, border, reason, require_known
 from melayer.evaluation.cut_off import watched
 from melayer.evaluation.faults import encoded_pair, fault, left_out_note, unfit
@@ -72,9 +73,23 @@ class Response:
 
 @contextmanager
 def harness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_length: int | None,
+    bos: bool | None = None,
 ) -> Iterator[Any]:
-    """lm-eval's model class around this very model, so that hooks fire; the model's mode is put back afterwards."""
+    """lm-eval's model class around this very model, so that hooks fire; the model's mode is put back afterwards.
+
+    Args:
+        model: The model.
+        tokenizer: The model's.
+        batch_size: Items answered at once.
+        max_length: Tokens of prompt and answer at most.
+        bos: What the likelihood of a whole text begins with, see `rolling_beginning`.
+    """
+    from lm_eval import utils
     from lm_eval.models.huggingface import HFLM
 
     class Quiet(HFLM):  # type: ignore[misc]
@@ -92,6 +107,26 @@ def harness(
                 continue_final_message=not add_generation_prompt,
             )
 
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            """The log-likelihood of whole texts, each from its own first token on.
+
+            lm-eval's own puts BOS (or the end of text) in front, also where the tokenizer does not, which takes away
+            the massive token of some models, and where it does, so that it is there twice.
+            """
+            windows = []
+            for place, request in enumerate(requests):
+                ids = list(beginning.of_text(request.args[0]).ids)
+                rolling = utils.get_rolling_token_windows(ids[1:], ids[0], self.max_length, 1) if ids else ()
+                windows += [(place, (None, *utils.make_disjoint_window(window))) for window in rolling]
+            totals = [0.0] * len(requests)
+            for start in range(0, len(windows), int(self.batch_size)):
+                places, batch = zip(*windows[start : start + int(self.batch_size)], strict=True)
+                scored = self._loglikelihood_tokens(list(batch), override_bs=len(batch))
+                for place, (nll, _) in zip(places, scored, strict=True):
+                    totals[place] += nll
+            return totals
+
+    beginning = Ids.of(tokenizer, bos)
     training = model.training
     try:
         with quiet():
@@ -107,6 +142,12 @@ def harness(
         yield lm
     finally:
         model.train(training)
+
+
+def rolling_beginning(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> str:
+    """What the likelihood of a whole text begins with, in words: for the settings, since figures depend on it."""
+    adds = bos if bos is not None else Affixes.of(tokenizer).adds_bos(tokenizer)
+    return f"BOS ({tokenizer.bos_token})" if adds else "the text's first token, which is not predicted"
 
 
 def items_of(benchmark: Benchmark, lm: Any, *, chat: bool, system: str | None, limit: int | None) -> Asked:

@@ -37,6 +37,8 @@ class TaskSettings(TypedDict):
     """By item why it cannot be asked or judged; None where all can."""
     prompts_cut: NotRequired[dict[str, int] | None]
     """By item how many tokens at the prompt's beginning the model has no room for; None where all have room."""
+    begins_with: NotRequired[str]
+    """Where the likelihood of whole texts is asked: what each begins with."""
 
 
 class SharedSettings(TypedDict, total=False):

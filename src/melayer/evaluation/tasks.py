@@ -11,11 +11,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from melayer.data.files import is_there
 from melayer.errors import InputError, border, first_line, reason
 from melayer.evaluation.hub_code import hub_code, hub_metric
-from melayer.evaluation.local_files import ALIASES, BENCHMARKS, NAMES, Rows, custom_dataset, read_splits, splits_by_task
+from melayer.evaluation.local_files import (
+    ALIASES,
+    BENCHMARKS,
+    NAMES,
+    LocalRows,
+    Rows,
+    custom_dataset,
+    read_splits,
+    splits_by_task,
+)
 from melayer.evaluation.punkt import provide_punkt
-from melayer.evaluation.xstest import xstest_task
+from melayer.evaluation.xstest import rows_of_the_hub, xstest_task
 from melayer.runs.cache import sha256_of
 
 
@@ -37,6 +47,8 @@ class Benchmark:
     """By row of a local file why lm-eval cannot read it."""
     trust_remote_code: bool = False
     """Whether metrics may be code from the hub."""
+    notes: tuple[str, ...] = ()
+    """On rows of the files that are left out."""
 
     def keys(self, limit: int | None = None) -> list[str]:
         """The items, as `task/place`: the first of each task, or all."""
@@ -80,7 +92,7 @@ def load_tasks(
     if not names:
         raise InputError(f"No tasks were given; expected some of {', '.join(NAMES)}, or names of lm-eval's tasks.")
     _check_installed()
-    if data is not None and not Path(data).is_dir():
+    if data is not None and not (is_there(Path(data)) and Path(data).is_dir()):
         raise InputError(f"There is no directory {data}. Give the one that holds the benchmarks' files.")
     with quiet(), hub_code(trust_remote_code) as refused:
         _check_names([name for name in names if name not in BENCHMARKS])
@@ -121,13 +133,13 @@ def _check_installed() -> None:
 
 def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
     known = BENCHMARKS[name]
-    local = data is not None and any((data / file).exists() for file in known.files.values())
+    local = data is not None and any(is_there(data / file) for file in known.files.values())
     if data is not None and not local and name != "aime24":
         file = next(iter(known.files.values()))
         raise InputError(
             f"{name} is to be read from {data}, but {data / file} is missing. Add it, or leave --data out."
         )
-    splits = {} if not local or data is None else read_splits(name, data)
+    found = LocalRows({}) if not local or data is None else read_splits(name, data)
     if name == "ifeval":
         with border("nltk's sentence model, which IFEval needs, cannot be had", "Install 'melayer[eval]' anew."):
             provide_punkt()
@@ -135,10 +147,11 @@ def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
     unread: dict[str, str] = {}
     if name == "xstest":
         with border("XSTest's items cannot be read", "See docs/evaluate.md for what its file looks like."):
-            tasks = {"xstest": xstest_task(splits)}
+            found = found if local else rows_of_the_hub()
+            tasks = {"xstest": xstest_task(found.splits)}
     else:
         children = []
-        for task, rows in splits_by_task(name, splits).items():
+        for task, rows in splits_by_task(name, found.splits).items():
             child = {"task": task, **overrides}
             if rows:
                 child |= {"rows": rows, "dataset_kwargs": None}
@@ -146,9 +159,10 @@ def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
                 unused = {"training_split": "train", "validation_split": "validation"}
                 child |= {key: None for key, split in unused.items() if split not in rows}
             children.append(child)
-        tasks, unread = _loaded_from_rows(children, known.folder) if splits else (_loaded(children, known.folder), {})
-    files = {} if data is None or not splits else {file: sha256_of(data / file) for file in known.files.values()}
-    return Benchmark(name, tasks, known.primary, files, known.cite, known.fields, unread)
+        rows = bool(found.splits)
+        tasks, unread = _loaded_from_rows(children, known.folder) if rows else (_loaded(children, known.folder), {})
+    files = {} if data is None or not local else {file: sha256_of(data / file) for file in known.files.values()}
+    return Benchmark(name, tasks, known.primary, files, known.cite, known.fields, unread, notes=found.notes)
 
 
 def _other(name: str, fewshot: int | None) -> Benchmark:

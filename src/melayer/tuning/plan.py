@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from melayer.errors import InputError, MelayerWarning
 from melayer.interventions.mask import WeMask
+from melayer.model.forward import embedding_weight
 from melayer.model.subject import Subject
 from melayer.tuning import config as training_config
 from melayer.tuning import data as training_data
@@ -75,6 +76,7 @@ def planned(subject: Subject, data: Any, job: TrainingJob, row_options: RowOptio
         row_options,
         max_length=_longest(config, subject.decoder.max_positions),
         seed=job.seed,
+        vocabulary=embedding_weight(subject.model).shape[0],
     )
     for note in prepared.notes:
         warnings.warn(note, MelayerWarning, stacklevel=5)

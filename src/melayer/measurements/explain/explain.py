@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from melayer.data.rows import Row
+from melayer.data.rows import Row, bos_note
 from melayer.errors import InputError
 from melayer.measurements.criterion import STAGE_SHARE, Criterion
 from melayer.measurements.explain.block_on_text import BlockOnText, record_blocks
@@ -135,6 +135,7 @@ def explain_on(  # noqa: PLR0913 - the options of the public function
     chosen = _chosen(located, rows, max_texts)
     report = _steps(bar.part(n_tokens), len(chosen) + len(wanted))
     by_layer, notes = _read(subject.decoder, located, chosen if wanted else (), wanted, report)
+    notes = [*filter(None, [bos_note(rows)]), *notes]
     explained = []
     for on_texts in by_layer.values():
         if on_texts:

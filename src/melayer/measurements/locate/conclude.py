@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from melayer.data.rows import Row
+from melayer.data.rows import Row, bos_note
 from melayer.measurements.criterion import STAGE_SHARE, Criterion, find_me_layer, voting
 from melayer.measurements.locate.figures import (
     BlockRow,
@@ -109,6 +109,8 @@ def _notes(
     rows: Sequence[Row], voters: Sequence[int], criterion: Criterion, emergences: Iterable[Emergence]
 ) -> Iterator[str]:
     """What the reader has to know of the texts."""
+    if said := bos_note(rows):
+        yield said
     if all(len(row) < criterion.min_tokens for row in rows):
         yield (
             f"The criterion is not meaningful here: every text has fewer than {criterion.min_tokens} tokens, and the "

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from melayer.data.rows import Batch, Row, batches
+from melayer.data.rows import Batch, Row, batches, bos_note
 from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion, find_me_layer
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, criterion_settings, window_settings
@@ -101,7 +101,7 @@ def sinks_on(
     me_layer = find_me_layer(holding_of(rows, summaries).sum(axis=0), len(rows), criterion)
     softmax = [block.layer for block in decoder.blocks if block.attention is not None]
     is_sink = {layer: alphas[layer] > epsilon for layer in softmax}
-    notes = []
+    notes = [said] if (said := bos_note(rows)) else []
     if len(softmax) < decoder.n_layers:
         notes.append(f"{decoder.n_layers - len(softmax)} of {decoder.n_layers} blocks have no softmax attention.")
     if criterion.min_tokens > T:

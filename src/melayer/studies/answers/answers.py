@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from melayer.data.chat import render, require_template
+from melayer.data.tokens import Ids
 from melayer.errors import InputError, border
 from melayer.interventions.mask import WeMask
 from melayer.measurements.settings import LAYERS_COUNTED_FROM
@@ -109,16 +110,13 @@ def prompt_ids(
 ) -> list[int]:
     """The tokens that an answer follows: of the prompt as it is, or of a user's turn with what begins the answer."""
     if not templated:
-        return _ids(tokenizer, prompt, add_special_tokens=True)
+        with border(f"The prompt {prompt[:30]!r} cannot be tokenised", "Mend it."):
+            return list(Ids.of(tokenizer, None).of_text(prompt).ids)
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": prompt})
     text = render(tokenizer, turns, add_generation_prompt=True)
-    return _ids(tokenizer, text, add_special_tokens=False)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
-    with border(f"The prompt {text[:30]!r} cannot be tokenised", "Mend it."):
-        return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    with border(f"The prompt {prompt[:30]!r} cannot be tokenised", "Mend it."):
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
