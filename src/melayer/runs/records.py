@@ -67,7 +67,8 @@ def content_of(path: Path, said: str, todo: str, error: type[MelayerError] = Inp
         InputError: It cannot be read.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        kind = stat.S_IFMT(path.stat().st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):  # of a directory the reason is told below
             raise error(f"{said}: it is no file. {todo}")
         return path.read_bytes()
     except FileNotFoundError:
