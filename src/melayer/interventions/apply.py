@@ -160,17 +160,15 @@ class MaskAtWork(AtWork):
             )
 
     def _say_none_massive(self, call: _Masked, largest: torch.Tensor) -> None:
-        """Says once that a sequence that begins has no massive token; one token alone tells nothing."""
+        """Says once that sequences begin and none has a massive token; one token alone tells nothing."""
         assert call.at is not None
         if self.said or call.at.first is None or call.flags is None or call.shape[1] < 2:
             return
-        begins = call.at.first.any(dim=1).to(call.flags.device)
-        without = begins & ~call.flags.any(dim=1)
-        if bool(without.any()):
+        begins = call.at.first.any(dim=1)
+        if bool(begins.all()) and not bool(call.flags.any()):
             self._say(
-                f"In {int(without.sum())} of {int(begins.sum())} sequences no token is massive (largest |h| at block "
-                f"{self.masking.me_layer}: {float(largest[without].amax()):,.0f}, needed "
-                f"{self.masking.massive_above:,.0f}), so nothing is masked there."
+                f"No token of {len(begins)} sequences is massive (largest |h| at block {self.masking.me_layer}: "
+                f"{float(largest.amax()):,.0f}, needed {self.masking.massive_above:,.0f}), so nothing is masked."
             )
 
     def _say(self, what: str) -> None:

@@ -303,22 +303,15 @@ class WeMask:
         Raises:
             InputError: There is none, it is corrupt, or a newer melayer wrote it.
         """
-        path = Path(where) / MASK_FILE
-        if not Path(where).is_dir():
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-            try:
-                path = Path(hf_hub_download(str(where), MASK_FILE, revision=revision))
-            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-                raise InputError(
-                    f"There is no mask at {where}: not a directory here, and the hub gave none "
-                    f"({type(error).__name__}). Give the directory that mask.save(...) wrote."
-                ) from error
+        todo = "Give the directory that mask.save(...) wrote."
+        with border(f"There is no mask at {shown(str(where))}", todo):
+            path = Path(where) / MASK_FILE
+            if not Path(where).is_dir():
+                path = _from_hub(str(where), revision)
         try:
             values = mask_file.read(path)
         except FileNotFoundError as error:
-            raise InputError(f"{where} holds no {MASK_FILE}. Give the directory that mask.save(...) wrote.") from error
+            raise InputError(f"{where} holds no {MASK_FILE}. {todo}") from error
         try:
             made_for = values["made_for"]
             return cls(**{**values, "made_for": None if made_for is None else MadeFor(**made_for)})
@@ -424,3 +417,16 @@ class WeMask:
         keep = torch.ones(d_model)
         keep[chosen] = 1.0 - self.strength
         return keep
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, MASK_FILE, revision=revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"There is no mask at {shown(name)}: not a directory here, and the hub gave none ({type(error).__name__}). "
+            "Give the directory that mask.save(...) wrote."
+        ) from error

@@ -52,9 +52,14 @@ def read(model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = 
     parts = dict(parts or {})
     for part in sorted(parts):
         require_known(part, PARTS, f"There is no part {part!r} to name", error=ArchitectureError)
-    _refuse_others(model)
+    if not isinstance(model, nn.Module):
+        raise ArchitectureError(
+            f"A {type(model).__name__} was given, which is no causal language model. Give what melayer.load(name) "
+            "returns as its model."
+        )
     _refuse_empty(model)
     candidates = block_lists(model, parts)
+    _refuse_wrapper(model)
     traced = trace(model, candidates)
     path = next((path for path in candidates if path in traced), None)
     if path is None:
@@ -80,18 +85,12 @@ def read(model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = 
     )
 
 
-def _refuse_others(model: object) -> None:
-    if hasattr(model, "get_input_embeddings") and hasattr(model, "config"):
-        return
-    kind = type(model).__name__
-    if isinstance(model, nn.Module):
+def _refuse_wrapper(model: nn.Module) -> None:
+    if not (hasattr(model, "get_input_embeddings") and hasattr(model, "config")):
         raise ArchitectureError(
-            f"A {kind} was given, which is not a model of transformers. If it is put around one, give the model inside "
-            "it (model.module)."
+            f"A {type(model).__name__} was given, which is not a model of transformers. If it is put around one, give "
+            "the model inside it (model.module)."
         )
-    raise ArchitectureError(
-        f"A {kind} was given, which is no causal language model. Give what melayer.load(name) returns as its model."
-    )
 
 
 def _max_positions(config: Any) -> int | None:
