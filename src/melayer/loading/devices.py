@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -71,7 +72,9 @@ def device_of(name: str) -> torch.device:
         if torch.backends.mps.is_available():
             return torch.device("mps")
         return torch.device("cpu")
-    with border(f"The device {name!r} cannot be used here", "Use --device auto, or cpu.", error=ModelError):
+    said = f"The device {name!r} cannot be used here"
+    with border(said, "Use --device auto, or cpu.", error=ModelError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kinds of devices that there were once
         device = torch.device(name)
         if device.type == "meta":
             raise ModelError("The device 'meta' holds no numbers to measure. Use --device auto, or cpu.")

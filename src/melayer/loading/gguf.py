@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -153,7 +152,7 @@ def check_gguf(path: Path) -> None:
     if n_parts > 1:
         raise ModelError(
             f"{path} is one of the {n_parts} parts of a model, and the weights in the others would be missing. "
-            "Give the model as one file: llama.cpp's `llama-gguf-split --merge FIRST-PART WHOLE.gguf` joins them."
+            "Give the model as one file (llama.cpp's gguf-split joins parts), or the safetensors checkpoint."
         )
     if header.end > size:
         raise ModelError(
@@ -267,7 +266,7 @@ def _write_entry(path: Path, source: str, directory: Path) -> None:
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", MelayerWarning)
-            model, tokenizer = _read_gguf(path)
+            model, tokenizer = _read_gguf(path, directory / "source")
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     except safetensors.SafetensorError as error:
@@ -278,7 +277,14 @@ def _write_entry(path: Path, source: str, directory: Path) -> None:
     (directory / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
 
 
-def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_gguf(path: Path, alone: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What transformers makes of a GGUF file.
+
+    Args:
+        path: The file.
+        alone: A directory to read it in, where there is nothing else: of a config, an adapter or a tokenizer beside
+            it, transformers would take parts. It is gone afterwards.
+    """
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -288,13 +294,16 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         # Newer releases leave the weights packed where a kernel for them is installed; older ones always unpack.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     todo = "Use a safetensors checkpoint of the same model."
-    # In a directory of its own: of a config, an adapter or a tokenizer beside it, transformers would read parts.
-    with tempfile.TemporaryDirectory() as alone, reading(str(path), "GGUF file", todo):
-        (Path(alone) / path.name).symlink_to(path.resolve())
+    alone.mkdir()
+    link = alone / path.name
+    link.symlink_to(path.resolve())
+    with reading(str(path), "GGUF file", todo):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             alone, trust_remote_code=False, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name, trust_remote_code=False)
+    link.unlink()
+    alone.rmdir()
     quantised, info = loaded
     _require_complete(path, info["missing_keys"])
     if unused := sorted(info["unexpected_keys"]):
