@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-import hostile_checkpoints as hostile
 import toys
+from hostile import checkpoints as hostile
 from melayer.data import chat
 from melayer.errors import InputError
 

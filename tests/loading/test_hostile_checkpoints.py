@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 
-import hostile_checkpoints as hostile
 import melayer
 import toys
 from command import failing
+from hostile import checkpoints as hostile
 from melayer.errors import InputError, MelayerError, MelayerWarning, ModelError
 from melayer.loading import files
 from melayer.loading.checkpoint import weight_hashes

@@ -9,9 +9,9 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
-import hostile_checkpoints as hostile
 import melayer
 import toys
+from hostile import checkpoints as hostile
 from melayer.errors import ModelError
 from melayer.loading import hub
 from melayer.loading.checkpoint import weight_hashes

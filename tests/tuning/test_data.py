@@ -3,7 +3,6 @@
 import gzip
 import json
 
-import hostile_corpora
 import pytest
 from datasets import Dataset, load_dataset
 from hypothesis import given
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 import small_runs
 import toys
+from hostile import corpora
 from melayer.errors import InputError
 from melayer.tuning import data as training_data
 from melayer.tuning import rows as training_rows
@@ -321,10 +321,10 @@ def test_only_the_first_rows(plain):
 # --- rows that cannot be used -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", hostile_corpora.ROWS)
+@pytest.mark.parametrize("name", corpora.ROWS)
 def test_hostile_rows_cost_themselves_alone(name, plain, chat, tmp_path):
-    path = hostile_corpora.ROWS[name](tmp_path)
-    good = hostile_corpora.GOOD[name]
+    path = corpora.ROWS[name](tmp_path)
+    good = corpora.GOOD[name]
     tokenizer = chat if "messages" in name else plain
     if not good:
         with pytest.raises(InputError, match=r"cannot be read: it is a|No row of .* is left to train on"):
@@ -343,8 +343,8 @@ def test_a_row_that_is_malformed_is_left_out_counted_and_named(plain):
     assert prepared.left_out == {"empty": 0, "too_long": 0, "malformed": 3}
     assert prepared.notes == (
         "3 rows are left out of the data: row 3, counted from 0: messages need a tokenizer with a chat template; "
-        "row 4, counted from 0: null and no object with columns; row 5, counted from 0: it holds U+D800 at character 3, "
-        "half of a surrogate pair.",
+        "row 4, counted from 0: null and no object with columns; row 5, counted from 0: it holds U+D800 at character "
+        "3, half of a surrogate pair.",
     )
 
 

@@ -19,7 +19,6 @@ from melayer.model import hooks
 from melayer.model.decoder import Decoder
 
 if TYPE_CHECKING:
-    from melayer.interventions.mask import WeMask
 
 Target = Literal["first", "massive"]
 
@@ -62,7 +61,7 @@ class _Masked(Call):
 class MaskAtWork(AtWork):
     """The hooks of a mask on a model."""
 
-    def __init__(self, edit: WeMask, masking: Masking, when: Callable[[], bool] | None = None) -> None:
+    def __init__(self, edit: Any, masking: Masking, when: Callable[[], bool] | None = None) -> None:
         """Not at work yet.
 
         Args:
