@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,8 +17,6 @@ from melayer.interventions.at_work import AtWork, Call
 from melayer.interventions.positions import Positions, positions
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
-
-if TYPE_CHECKING:
 
 Target = Literal["first", "massive"]
 
