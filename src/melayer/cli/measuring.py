@@ -17,6 +17,7 @@ from melayer.cli.options import (
     MaxTokens,
     Model,
     Options,
+    OtherFirstTokens,
     Selectors,
     SelectorSeed,
     Strength,
@@ -41,6 +42,7 @@ def locate_command(
     model: Model,
     max_tokens: MaxTokens = None,
     max_listed: MaxListed = 16,
+    other_first_tokens: OtherFirstTokens = True,
     frugal: Annotated[
         bool,
         typer.Option("--frugal", help="One block at a time in memory; 32 tokens of each text, if not told otherwise."),
@@ -66,6 +68,7 @@ def locate_command(
     from melayer.measurements.locate.locate import locate
     from melayer.measurements.locate.table import show_locate
 
+    arguments["other_first_tokens"] = other_first_tokens
     _measure("Locating", locate, show_locate, model, arguments, options)
 
 
@@ -190,6 +193,7 @@ def report_command(
     ] = None,
     max_tokens: MaxTokens = None,
     max_listed: MaxListed = 16,
+    other_first_tokens: OtherFirstTokens = True,
     *,
     options: Options,
 ) -> None:
@@ -200,7 +204,8 @@ def report_command(
     arguments = options.arguments()
     require_writable(out)
     loaded = load(model, options.model.loading())
-    located, rest = everything(loaded, model, arguments, {"max_tokens": max_tokens, "max_listed": max_listed}, T)
+    of_locate = {"max_tokens": max_tokens, "max_listed": max_listed, "other_first_tokens": other_first_tokens}
+    located, rest = everything(loaded, model, arguments, of_locate, T)
     written = overview(located, out, loaded, model, rest)
     if options.output.as_json:
         typer.echo(written.json.read_text(encoding="utf-8"))
