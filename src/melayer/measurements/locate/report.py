@@ -140,6 +140,8 @@ def _tokens(result: LocateResult, trace: Trace) -> Plot:
     layer, token = np.unravel_index(int(finite.argmax()), finite.shape)
     others = np.delete(finite[layer], token)
     against = f", {finite[layer, token] / others.max():,.0f} times the largest other token" if others.any() else ""
+    n_tokens = result.sequences[trace.sequence].n_tokens
+    first = f", of its first {len(trace.tokens)} tokens," if n_tokens > len(trace.tokens) else ""
     tokens = axis("token", autorange="reversed", type="category", dtick=1, tickfont={"size": 11}, automargin=True)
     squares = figures.heat_map(
         rounded(magnitude.T, 3),
@@ -151,7 +153,7 @@ def _tokens(result: LocateResult, trace: Trace) -> Plot:
     return Plot(
         "tokens",
         "Tokens by blocks",
-        f"In text {trace.sequence} token {token} (“{visible(trace.tokens[token])}”) holds the largest value, "
+        f"In text {trace.sequence}{first} token {token} (“{visible(trace.tokens[token])}”) holds the largest value, "
         f"{finite[layer, token]:,.0f} at block {layer}{against}.",
         f"Each cell is the largest |h| over the dimensions of one token at one block's output, as a power of ten; "
         f"the first {len(trace.tokens)} tokens of one text. A massive token is a bright row.",
