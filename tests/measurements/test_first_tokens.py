@@ -151,6 +151,15 @@ def test_a_bos_beyond_the_embedding_is_not_run():
     assert "bos" not in by_kind(result)
 
 
+def test_a_mask_does_not_warn_of_first_tokens_that_nobody_gave():
+    """Every text begins with X, so the mask has its target; with BOS first it has none."""
+    texts = [toys.text(40, x_at=0, seed=seed) for seed in range(4)]
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    mask = melayer.WeMask.from_located(located(model, texts), rate=0.5, selector="random")
+    with mask.apply(model):  # warnings are errors in the tests
+        assert located(model, texts).first_tokens.differing
+
+
 def test_nothing_is_looked_at_where_nobody_asked_or_nothing_is_finite():
     assert located(massive_where(BOS), other_first_tokens=False).first_tokens is None
     model = massive_where(BOS)

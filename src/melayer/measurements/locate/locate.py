@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from melayer.data.rows import batches
-from melayer.errors import InputError
+from melayer.errors import InputError, collected
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.locate.conclude import conclude
 from melayer.measurements.locate.first_tokens import first_tokens_on
@@ -112,5 +112,7 @@ def locate_on(  # noqa: PLR0913 - the options of the public function
     )
     if not other_first_tokens or result.non_finite is not None:
         return result
-    looked = first_tokens_on(subject, rows, criterion, max_batch_tokens=max_batch_tokens)
+    # A mask that is applied would warn of first tokens that nobody has given.
+    with collected():
+        looked = first_tokens_on(subject, rows, criterion, max_batch_tokens=max_batch_tokens)
     return replace(result, first_tokens=looked, notes=(*result.notes, *looked.notes))
