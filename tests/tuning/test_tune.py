@@ -109,10 +109,32 @@ def test_contrast_says_what_it_measured(tuned, base, tmp_path):
     done = run(*arguments, "--out", tmp_path / "page")
     assert done.exit_code == 0, done.output
     assert "The ME layer is block 3 in both; the sink rate after block 3" in done.stdout
-    assert "After: measured under its mask (weight 0.5)." in done.stdout
+    assert "Masked: under the mask of the second model (weight 0.5, strength 1)." in done.stdout
+    for column in ("before, masked", "after, masked", "by training", "by the mask", "by both"):
+        assert column in done.stdout
     assert (tmp_path / "page" / "report.html").exists()
-    without = run(*arguments, "--no-mask", "--json")
-    assert json.loads(without.stdout)["notes"] == []
+    values = json.loads(run(*arguments, "--json").stdout)
+    assert [values[name]["mask"] is None for name in ("before", "before_masked", "after", "after_masked")] == [
+        True, False, True, False,
+    ]  # fmt: skip
+    of = {figure["name"]: figure for figure in values["figures"]}["effective rank of what attention reads"]
+    assert of["before_masked"] != of["before"]  # what the mask does to the model that was never trained with it
+    whole = of["training"] + of["mask"] + of["interaction"]
+    assert whole == pytest.approx(of["after_masked"] - of["before"])
+    without = json.loads(run(*arguments, "--no-mask", "--json").stdout)
+    assert (without["notes"], without["before_masked"], without["after_masked"]) == ([], None, None)
+    # The same weights without the mask: what was measured beside it.
+    assert without["figures"][5]["after"] == {f["name"]: f for f in values["figures"]}["sink rate"]["after"]
+
+
+def test_contrast_with_a_plain_second_model_leaves_the_first_one_s_mask_out(tuned, base):
+    out, _ = tuned
+    arguments = ("contrast", out, base, "-T", 8, "--n-first-tokens", 8, "--text", toys.text(20, x_at=0), "--json")
+    values = json.loads(run(*arguments).stdout)
+    assert (values["before"]["mask"], values["before_masked"], values["after_masked"]) == (None, None, None)
+    assert [note for note in values["notes"] if "is left out" in note] == [
+        "Before: The mask saved with it is left out: figures under a mask are under that of the second model."
+    ]
 
 
 def test_a_model_that_comes_with_a_mask_keeps_it_in_training(tuned, files, tmp_path):

@@ -38,7 +38,7 @@ def test_every_part_is_there(parts):
     [
         (
             "sweep-perplexity",
-            "It is 10.00 without a mask, lowest with random 0.5 (10.00, +0.0%) and highest with weight 1 (1,234.50, "
+            "It is 10.00 without a mask, lowest with random 0.5 (10.00, 0.0%) and highest with weight 1 (1,234.50, "
             "+12245.0%).",
         ),
         (

@@ -17,7 +17,7 @@ mask   rate perplexity    change sinks after cosine    read stream
 plain     -      10.00         - 40.0% 80.0% 0.9999 1.5/5.5      -
 weight  0.5      10.25     +2.5% 20.0% 40.0% 0.9950 1.5/5.5      -
 weight    1   1,234.50 +12245.0%  5.0% 10.0%      - 1.5/5.5      -
-random  0.5      10.00     +0.0% 40.0% 80.0% 0.9999 1.5/5.5      -
+random  0.5      10.00      0.0% 40.0% 80.0% 0.9999 1.5/5.5      -
 sinks: the share of (sequence, head) in which key 0 draws more than 0.3 of the attention, over all
 blocks and over those after the ME layer (block 1). cosine: of the massive token's state between
 neighbouring blocks, mean from the ME layer until it is erased. read, stream: effective rank of what

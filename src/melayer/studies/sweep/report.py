@@ -10,7 +10,7 @@ import numpy as np
 from melayer.measurements.sinks.report import attention_map, head_axis
 from melayer.presentation import figures
 from melayer.presentation.figures import BLOCK, BLUE, GREY, ORANGE, VERMILLION, Trace, axis, hover, stroke
-from melayer.presentation.numbers import ABSENT, number, percent, rounded
+from melayer.presentation.numbers import ABSENT, change, number, percent, rounded
 from melayer.presentation.sections import Plot, Section, Table
 from melayer.studies.sweep.result import SweepPoint, SweepResult
 
@@ -44,8 +44,8 @@ def _perplexity(result: SweepResult) -> Plot:
         "sweep-perplexity",
         "Perplexity by the share of masked dimensions",
         f"It is {result.plain.perplexity:,.2f} without a mask, lowest with {best.label} ({best.perplexity:,.2f}, "
-        f"{result.change(best):+.1%}) and highest with {worst.label} ({worst.perplexity:,.2f}, "
-        f"{result.change(worst):+.1%}).",
+        f"{change(result.change(best))}) and highest with {worst.label} ({worst.perplexity:,.2f}, "
+        f"{change(result.change(worst))}).",
         f"How well the tokens of {result.n_sequences} sequences of T = {result.T} are predicted; lower is better, and "
         "the axis is logarithmic. The dashed line is the model without a mask. Compare only figures of the same texts "
         "and T.",
@@ -211,7 +211,7 @@ def _figures(result: SweepResult) -> Table:
             [
                 point.label,
                 number(point.perplexity, 2),
-                ABSENT if point.selector is None else f"{result.change(point):+.1%}",
+                ABSENT if point.selector is None else change(result.change(point)),
                 f"{point.sink_rate:.1%}",
                 percent(point.sink_rate_after_me),
                 number(point.cosine_rigid, 4),

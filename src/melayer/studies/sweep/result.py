@@ -8,6 +8,7 @@ from typing import Any
 
 from melayer.measurements.locate.result import LocateResult
 from melayer.model.provenance import ModelInfo
+from melayer.presentation.numbers import change
 from melayer.studies.sweep.settings import SweepSettings
 from melayer.version import __version__
 
@@ -113,7 +114,7 @@ class SweepResult:
             best = min(self.masked, key=lambda point: point.perplexity)
             return (
                 f"{start}; each of the {len(self.masked)} masks raises the perplexity by more than 5 %, {best.label} "
-                f"least ({self.change(best):+.1%})."
+                f"least ({change(self.change(best))})."
             )
         start += f"; {len(self.mild)} of {len(self.masked)} masks raise the perplexity by at most 5 %"
         rates = [(p.sink_rate_after_me, p) for p in self.mild if p.sink_rate_after_me is not None]
@@ -122,7 +123,7 @@ class SweepResult:
         rate, lowest = min(rates, key=lambda pair: pair[0])
         return (
             f"{start}, and of these {lowest.label} leaves the fewest sinks: {rate:.1%} at a perplexity of "
-            f"{lowest.perplexity:,.2f} ({self.change(lowest):+.1%})."
+            f"{lowest.perplexity:,.2f} ({change(self.change(lowest))})."
         )
 
     def change(self, point: SweepPoint) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from melayer.presentation.tables import ABSENT, number, percent, print_answer, print_text, table
+from melayer.presentation.tables import ABSENT, change, number, percent, print_answer, print_text, table
 
 if TYPE_CHECKING:
     from melayer.studies.sweep.result import SweepResult
@@ -40,7 +40,7 @@ def _points(result: SweepResult) -> Table:
             point.selector or "plain",
             ABSENT if point.selector is None else f"{point.rate:g}",
             number(point.perplexity, 2),
-            ABSENT if point.selector is None else f"{result.change(point):+.1%}",
+            ABSENT if point.selector is None else change(result.change(point)),
             f"{point.sink_rate:.1%}",
             percent(point.sink_rate_after_me),
             number(point.cosine_rigid, 4),
