@@ -118,7 +118,10 @@ def prompt_ids(
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
     with border(f"The prompt {text[:30]!r} cannot be tokenised", "Mend it."):
-        return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    if not ids:
+        raise InputError(f"The prompt {text[:30]!r} gives no tokens. Give one with text, or leave the template out.")
+    return ids
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
