@@ -595,7 +595,7 @@ TEMPLATES = {
     "template-recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "template-for-ever": "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
     "template-huge": "{% for a in range(90000) %}{% for b in range(90000) %}xxxxxxxx{% endfor %}{% endfor %}",
-    "template-power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "template-power": "{{ 9 ** (9 ** 9) }}",
     "template-product": "{{ messages[0].content * 10 ** 12 }}",
     "template-escapes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "template-empty-text": "{% if messages %}{% endif %}",

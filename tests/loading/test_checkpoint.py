@@ -210,7 +210,7 @@ def test_a_map_of_devices_that_is_none(toy_directory, tmp_path):
             "auto",
             (("nonsense", "1GiB"),),
             None,
-        ): "max_memory names the device 'nonsense', and here there are .*cpu, disk",
+        ): "max_memory names the device 'nonsense', and here there .*cpu, disk",
         ("auto", None, str(tmp_path / "file")): "The offload folder .* cannot be used: it is no directory. Give a dir",
     }.items():
         device_map, memory, folder = options

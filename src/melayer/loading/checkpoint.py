@@ -166,7 +166,7 @@ def read_model(
     from transformers import AutoModelForCausalLM
 
     name = source.name
-    with reading(name, "weights", "Check config.json against the weights, or download the model again."):
+    with reading(name, "weights", "Check config.json and generation_config.json, or download the model again."):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(source.directory),

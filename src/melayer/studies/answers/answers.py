@@ -116,7 +116,10 @@ def prompt_ids(
     turns.append({"role": "user", "content": prompt})
     text = render(tokenizer, turns, add_generation_prompt=True)
     with border(f"The prompt {prompt[:30]!r} cannot be tokenised", "Mend it."):
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if not ids:
+        raise InputError(f"The prompt {text[:30]!r} gives no tokens. Give one with text, or leave the template out.")
+    return ids
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
