@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
 from melayer.errors import InputError, first_line, require_known
+from melayer.interventions import card
 from melayer.interventions.at_work import require_unmasked
 from melayer.loading import adapters
 from melayer.model.provenance import describe, versions
@@ -184,10 +186,21 @@ def _save(trainer: Any, plan: Plan) -> None:
             adapters.name_base(staging, plan.subject.info.name)
             if plan.mask is not None:
                 saved_mask(plan.mask, trainer.model, sharded=sharded).save(staging)
+                _write_card(plan, staging)
             weights = "config.json" if (staging / "config.json").exists() else "adapter_config.json"
             checkpoints.publish_files(staging, out, weights)
             staging.rmdir()
     trainer.accelerator.wait_for_everyone()
+
+
+def _write_card(plan: Plan, staging: Path) -> None:
+    """Beside the weights, before they are moved into place, what loads them with the mask."""
+    assert plan.mask is not None
+    if not card.may_write(plan.job.out):
+        (staging / card.CARD).unlink(missing_ok=True)
+        return
+    made = f"It was trained under the mask ({plan.job.method.upper()}, `melayer tune`)."
+    card.write(staging, plan.mask.words, made=made, adapter=plan.adapter is not None)
 
 
 def _is_evaluation(line: Mapping[str, Any]) -> bool:

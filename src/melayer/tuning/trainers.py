@@ -14,6 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from melayer.errors import TrainingError
+from melayer.interventions import card
 from melayer.interventions.mask import WeMask
 from melayer.loading import adapters
 from melayer.model.provenance import fingerprint
@@ -160,6 +161,7 @@ class _ResumableMixin(OpenTrainer):
             trainer.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
         trainer.state.save_to_json(str(staged / "trainer_state.json"))
         adapters.name_base(staged, self.run_context.model)
+        (staged / card.CARD).unlink(missing_ok=True)  # PEFT's: ours says what loads it
         if self.run_context.mask is not None:
             saved_mask(self.run_context.mask, trainer.model, sharded=is_sharded(trainer)).save(staged)
 
