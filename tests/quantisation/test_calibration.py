@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hostile_masks
 import toys
 from masked import model_of
 from melayer.data.rows import Row
@@ -12,7 +13,7 @@ from melayer.errors import InputError, OutputError
 from melayer.model import wiring
 from melayer.numerics.grids import FORMATS, LARGEST
 from melayer.quantisation.calibration import ABOUT, GRANULARITIES, TENSORS, ScaleSet, maxima, read_scales, write_scales
-from melayer.quantisation.linear_inputs import find_linear_inputs
+from melayer.quantisation.linear_inputs import LinearInput, find_linear_inputs
 
 LENGTH = 7
 
@@ -147,3 +148,21 @@ def test_nothing_is_half_written(tmp_path, inputs, sets):
     with pytest.raises(ValueError, match="not JSON compliant|JSON"):
         write_scales(tmp_path / "out", inputs, sets, {"x": float("nan")})
     assert list((tmp_path / "out").iterdir()) == []
+
+
+ONE = LinearInput(layer=0, paths=("a",), names=("a",), width=4)
+OF = ScaleSet("plain", "int8", "per-tensor")
+
+
+@pytest.mark.parametrize("name", hostile_masks.SCALES)
+def test_files_that_are_no_scales(name, tmp_path):
+    hostile_masks.SCALES[name](tmp_path / "s")
+    with pytest.raises(InputError) as refused:
+        read_scales(tmp_path / "s", [ONE], OF, "f00d")
+    assert "\n" not in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_the_builders_differ_from_a_good_one(tmp_path):
+    hostile_masks._scales()(tmp_path)
+    assert read_scales(tmp_path, [ONE], OF, "f00d") == (torch.tensor(0.5),)

@@ -134,6 +134,11 @@ def _explained(trainer: Any, plan: Plan, checkpoint: Checkpoint | None) -> Itera
                 f"Training failed before its first step: {reason(error)}. Nothing was learnt, and nothing is kept in "
                 f"{out}: mend that, and start again there."
             ) from error
+        if checkpoint is not None and step in (0, checkpoint.step):
+            raise InputError(
+                f"The run in {out} cannot go on from {checkpoint.path.name}: {reason(error)}. Remove {checkpoint.path} "
+                "to go on from the checkpoint before it, or begin in another directory."
+            ) from error
         kept = checkpoints.last(out)
         good = "there was no checkpoint yet" if kept is None else f"the checkpoint of step {kept.step} is kept"
         raise TrainingError(
