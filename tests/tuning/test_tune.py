@@ -59,6 +59,7 @@ def test_the_directory_holds_all_of_it(tuned):
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "melayer_mask.json", "melayer_tune.json", "log.jsonl", "report.html", "report.json", "checkpoint-2",
+        "README.md",
     }  # fmt: skip
     record = json.loads((out / "melayer_tune.json").read_text())
     assert record["status"] == "finished"
