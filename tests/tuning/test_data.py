@@ -343,8 +343,8 @@ def test_a_row_that_is_malformed_is_left_out_counted_and_named(plain):
     assert prepared.left_out == {"empty": 0, "too_long": 0, "malformed": 3}
     assert prepared.notes == (
         "3 rows are left out of the data: row 3, counted from 0: messages need a tokenizer with a chat template; "
-        "row 4, counted from 0: null and no object with columns; row 5, counted from 0: it holds U+D800 at character 3, "
-        "half of a surrogate pair.",
+        "row 4, counted from 0: null and no object with columns; row 5, counted from 0: it holds U+D800 at character "
+        "3, half of a surrogate pair.",
     )
 
 
