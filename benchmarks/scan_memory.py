@@ -2,8 +2,8 @@
 
     python benchmarks/scan_memory.py [--model demo] [--documents 600] [--json]
 
-Each scan is a process of its own, as typed. The corpora are made: short documents under 10 and under 300 categories, and
-one document of 4.8 MB on a line.
+Each scan is a process of its own, as typed. The corpora are made: short documents under 10 and under 300 categories,
+and one document of 4.8 MB on a line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-WORDS = "the sky is clear today and my favorite color of all is a dark blue that nobody else has ever seen".split()
+WORDS = ("the", "sky", "is", "clear", "today", "and", "my", "favorite", "color", "of", "all", "is", "a", "dark", "blue")
 LONG_BYTES = 4_800_000
 
 

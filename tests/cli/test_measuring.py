@@ -359,5 +359,5 @@ def test_the_texts_of_a_file_are_measured_and_not_its_syntax(toy_directory, tmp_
     assert named["me_layer"] is None
     assert "--column says how to read a file, but no --file" in failing("locate", toy_directory, "--column", "mine")
     assert "has no columns, so there is no column 'mine'" in failing(
-        "locate", toy_directory, "--file", Path(__file__), "--column", "mine"
+        "locate", toy_directory, "--file", __file__, "--column", "mine"
     )
