@@ -57,15 +57,15 @@ def main() -> None:
             "a line of 600 words, --truncate": ["short.jsonl", "--truncate"],
             "a line of 4.8 MB, --truncate": ["long.jsonl", "--truncate"],
         }
-        found = [
-            {"run": name, "peak_rss_bytes": peak_bytes([options.model, "--data", str(place / data), *more])}
+        peaks = {
+            name: peak_bytes([options.model, "--data", str(place / data), *more])
             for name, (data, *more) in runs.items()
-        ]
+        }
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps([{"run": name, "peak_rss_bytes": peak} for name, peak in peaks.items()], indent=1))
         return
-    for row in found:
-        print(f"{row['run']:40s} {row['peak_rss_bytes'] / 2**20:8,.0f} MiB")
+    for name, peak in peaks.items():
+        print(f"{name:40s} {peak / 2**20:8,.0f} MiB")
 
 
 if __name__ == "__main__":
