@@ -21,7 +21,16 @@ def settings(tasks: Mapping[str, Mapping[str, Any]], variants: Sequence[str], **
     return {
         "shared": {"chat": False, "model": MODEL, "batch_size": 2, **shared},
         "tasks": {
-            name: {"generation": None, "limit": None, "lm_eval_tasks": {name: "1"}, "metrics": dict(metrics)}
+            name: {
+                "lm_eval_tasks": {name: "1"},
+                "fewshot": 0,
+                "fewshot_seed": 1,
+                "generation": None,
+                "limit": None,
+                "data_sha256": {},
+                "cite": "",
+                "metrics": dict(metrics),
+            }
             for name, metrics in tasks.items()
         },
         "variants": dict.fromkeys(variants),

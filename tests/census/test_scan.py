@@ -1,28 +1,34 @@
 """A scan's figures do not depend on batches, processes or interruptions, and are those of the stored activations."""
 
 import contextlib
+import io
 import json
+import random
 import signal
 import subprocess
 from pathlib import Path
 
+import hostile_corpora
+import hostile_stores
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import children
-import hostile_corpora
 import melayer
 import toys
 from command import failing
 from command import run as melayer_command
+from damaged import damaged
 from melayer.census import state as scan_state
 from melayer.census import worker
 from melayer.census.observe import SITES
 from melayer.census.scan import scan
 from melayer.data.corpus import Corpus
 from melayer.data.rows import Row, batches
-from melayer.errors import InputError, MelayerWarning, OutputError, ProcessError
+from melayer.errors import InputError, MelayerError, MelayerWarning, OutputError, ProcessError
 from melayer.model import wiring
 from melayer.runs.processes import Group
 from observed import check, stored
@@ -287,8 +293,87 @@ def test_a_store_of_other_settings_is_refused(model, corpus, tmp_path):
     with pytest.raises(InputError, match=r"other settings: model"):
         run(toys.make("llama", seed=1), corpus, store=tmp_path, limit=3)
     scan_state.path_of(tmp_path, 0).write_bytes(b"PK nothing")
-    with pytest.raises(InputError, match=r"scan.0.state cannot be read as a scan's state"):
+    with pytest.raises(OutputError, match=r"scan.0.state was not written by melayer, so it is left as it is"):
         run(model, corpus, store=tmp_path, limit=3)
+    assert scan_state.path_of(tmp_path, 0).read_bytes() == b"PK nothing"
+
+
+@pytest.fixture(scope="module")
+def kept(model, corpus, tmp_path_factory):
+    """A scan's state, and its settings."""
+    store = tmp_path_factory.mktemp("kept")
+    run(model, Corpus(corpus, category="kind"), store=store, limit=4, sites=["block_out"], formats=["int8"])
+    content = scan_state.path_of(store, 0).read_bytes()
+    return content, scan_state.State.from_bytes(content).settings
+
+
+@given(st.data())
+def test_whatever_byte_is_changed_or_cut_no_figure_becomes_another(kept, tmp_path_factory, data):
+    content, settings = kept
+    directory = tmp_path_factory.getbasetemp() / "damaged scan"
+    directory.mkdir(exist_ok=True)
+    path, damage = scan_state.path_of(directory, 0), damaged(content, data)
+    path.write_bytes(damage)
+    try:
+        found = scan_state.read(directory, settings)
+    except MelayerError:
+        assert path.read_bytes() == damage
+        return
+    assert found.to_bytes() == content
+
+
+def test_a_state_whose_parts_are_not_what_they_should_be(kept, tmp_path):
+    content, settings = kept
+    with np.load(io.BytesIO(content)) as archive:
+        arrays = dict(archive)
+    about = json.loads(arrays["about"].tobytes())
+    with np.load(io.BytesIO(arrays["census0"].tobytes())) as archive:
+        census = dict(archive)
+
+    def packed(of):
+        file = io.BytesIO()
+        np.savez(file, **of)
+        return file.getvalue()
+
+    def saying(**changed):
+        return {**arrays, "about": np.frombuffer(json.dumps({**about, **changed}).encode(), np.uint8)}
+
+    def counting(**changed):
+        return {**arrays, "census0": np.frombuffer(packed({**census, **changed}), np.uint8)}
+
+    cases = {
+        "seconds: input should be a valid number": saying(seconds="3"),
+        "shares.0.2: input should be a valid integer": saying(shares=[[0, 1, "4"]]),
+        "its shares of the documents are none": saying(shares=[[1, 1, 4]]),
+        "n_left_out: input should be a valid integer": saying(n_left_out=0.5),
+        "it has fields that this version does not know": saying(more=1),
+        "it has 3 parts for 1 categories": saying(categories=["even"]),
+        "census2": saying(categories=["even", "odd", "third"]),
+        "maxima is not what it should be": counting(maxima=census["maxima"].astype(np.float64)),
+        "holding is not what it should be": counting(holding=census["holding"].astype(str)),
+        "totals is not what it should be": counting(totals=census["totals"][:3]),
+        "document_counts is not what it should be": counting(document_counts=census["document_counts"][:-1]),
+    }
+    path = scan_state.path_of(tmp_path, 0)
+    for said, parts in cases.items():
+        path.write_bytes(packed(parts))
+        with pytest.raises(InputError, match=f"scan.0.state cannot be read as a scan's state: .*{said}"):
+            scan_state.read(tmp_path, settings)
+    # The first version's settings may have been fewer.
+    del settings["formats"]
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="holds a scan with other settings: formats"):
+        scan_state.read(tmp_path, settings)
+
+
+@pytest.mark.parametrize("kind", hostile_stores.KINDS)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_what_others_put_there_stays(model, corpus, tmp_path, rank, kind):
+    hostile_stores.KINDS[kind](scan_state.path_of(tmp_path, rank))
+    before = hostile_stores.found(tmp_path)
+    with pytest.raises(OutputError, match=rf"scan.{rank}.state (is|was not written by melayer)"):
+        run(model, corpus, store=tmp_path, limit=3)
+    assert hostile_stores.found(tmp_path) == before
 
 
 def test_a_store_that_cannot_be_made_is_said(model, corpus, tmp_path):
@@ -474,7 +559,8 @@ def test_killed_while_it_measures_and_while_it_writes(toy_directory, corpus, tmp
         assert children.ended(children.started(killed_scan, when, *arguments)) == -signal.SIGKILL
         kept = scan_state.State.from_bytes(scan_state.path_of(out, 0).read_bytes())
         done.append(kept.shares[0, 1].until)
-        assert bool(list(out.glob(".melayer-*"))) == (when != "after it wrote")
+        # What the second one left is gone with the third one's first write.
+        assert bool(list(out.glob(".melayer-*"))) == (when == "while it writes")
     assert 0 < done[0] <= done[1] < done[2] < COUNT
     last = melayer_command(*arguments)
     assert last.exit_code == 0, last.output
@@ -482,6 +568,67 @@ def test_killed_while_it_measures_and_while_it_writes(toy_directory, corpus, tmp
     alone = run(loaded.model, corpus, loaded.tokenizer, sites=["block_out", "ffn_act"])
     total = json.loads(last.stdout)["total"]
     assert {key: total[key] for key in exactly(alone)} == json.loads(json.dumps(exactly(alone)))
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "scan.0.state"]
+
+
+def scan_killed_at(point, *arguments):
+    """A scan from the command line that dies at this point: a batch, or before or after something of its directory."""
+    passed = 0
+
+    def counted(function):
+        def counting(*given, **options):
+            nonlocal passed
+            for place in ("before", "after"):
+                passed += 1
+                if passed == point:
+                    children.kill()
+                if place == "before":
+                    found = function(*given, **options)
+            return found
+
+        return counting
+
+    worker.observe = counted(worker.observe)
+    Path.replace = counted(Path.replace)
+    Path.unlink = counted(Path.unlink)
+    children.command(*arguments)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_processes_killed_anywhere_end_with_the_same(toy_directory, corpus, tmp_path, seed):
+    """One of them or both, three times over, and then neither."""
+    drawn, out = random.Random(seed), tmp_path / "out"
+    arguments = ("scan", toy_directory, "--data", corpus, *ASKED, *BY_LITTLE, "--sites", "block_out,ffn_act")
+    arguments += ("--category", "kind", "--json", "--out", out)
+    for round in range(4):
+        # Each of 40 documents passes some four points: what is killed early, and what has nearly finished.
+        points = [drawn.choice([drawn.randint(1, 60), None]) if round < 3 else None for _ in range(2)]
+        if round < 3 and points == [None, None]:
+            points[drawn.randrange(2)] = drawn.randint(1, 20)
+        said = [tmp_path / f"said {round} {rank}" for rank in range(2)]
+        with children.together(2) as environments:
+            two = [
+                children.started(scan_killed_at, point, *arguments, output=output, **environment)
+                for point, output, environment in zip(points, said, environments, strict=True)
+            ]
+            codes = [children.ended(process) for process in two]
+        # Who is not killed ends well, or says that the other one is gone.
+        assert all(code in (0, 2, -signal.SIGKILL) for code in codes), (codes, children.errors_of(said[0]).read_text())
+        assert round or -signal.SIGKILL in codes
+    assert codes == [0, 0]
+    found = json.loads(said[0].read_text())
+    loaded = melayer.load(str(toy_directory))
+    options = {"sites": ["block_out", "ffn_act"], "max_batch_tokens": 1}
+    alone = run(loaded.model, Corpus(corpus, category="kind"), loaded.tokenizer, **options).to_dict()
+    for part, other in zip([found["total"], *found["categories"]], [alone["total"], *alone["categories"]], strict=True):
+        part, other = json.loads(json.dumps(part)), json.loads(json.dumps(other))
+        rows, others = part.pop("places"), other.pop("places")
+        assert part == other
+        for row, its in zip(rows, others, strict=True):
+            for moment in ("mean", "variance", "kurtosis"):  # sums of float64, added in another order
+                assert row.pop(moment) == pytest.approx(its.pop(moment), rel=1e-9)
+            assert row == its
+    assert not list(out.glob(".melayer-*"))
 
 
 # --- what texts bring, and how long they are --------------------------------------------------------------------------

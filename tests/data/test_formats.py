@@ -4,11 +4,11 @@ import gzip
 import json
 import sys
 
+import hostile_corpora
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hostile_corpora
 from melayer.data.corpus import Corpus, Document
 from melayer.data.entries import MAX_BYTES, BadRowError, entries
 from melayer.data.formats import format_of

@@ -2,9 +2,9 @@
 
 import json
 
+import hostile_corpora
 import pytest
 
-import hostile_corpora
 import small_benchmarks
 from melayer.errors import InputError
 from melayer.evaluation.local_files import ALIASES, BENCHMARKS, NAMES, custom_dataset, read_splits, splits_by_task

@@ -1,12 +1,14 @@
 """What is kept of an evaluation, and for which settings: files made by hand, and processes that are not there."""
 
-import json
-
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from melayer.errors import InputError, OutputError
+from damaged import damaged
+from melayer.errors import InputError, MelayerError, OutputError
 from melayer.evaluation.harness import Item
 from melayer.evaluation.store import FILE, Store, file_of, key_of, order_of
+from melayer.runs import jsonl
 from melayer.runs.processes import Group
 from stored_answers import MODEL, answer, metric, settings, write
 
@@ -14,7 +16,7 @@ ABOUT = settings({"t": {"m": metric()}}, ["plain"])
 
 
 def kept(directory):
-    return [json.loads(line) for line in (directory / FILE).read_text().splitlines()]
+    return jsonl.read(directory / FILE, "", "").values
 
 
 def items(n, task="t"):
@@ -116,11 +118,77 @@ def test_an_answer_to_another_question(tmp_path):
         store.check({"t": [Item("t/0", None, (), "", "another")]})
 
 
-@pytest.mark.parametrize("text", ["a diary\n", '{"eval_of": {}}\n', '{"scan_of": {}}\n', '{"eval_of": 3}\n', "[]\n"])
+NO_EVALUATION = [
+    "a diary\n",
+    '{"eval_of": {}}\n',
+    '{"scan_of": {}}\n',
+    '{"eval_of": 3}\n',
+    "[]\n",
+    "",
+    '{"eval_of": {"shared": {"model": {}}, "tasks": {"t": {}}, "variants": {}}}\n',
+]
+
+
+@pytest.mark.parametrize("text", NO_EVALUATION)
 def test_files_that_are_none(text, tmp_path):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(InputError, match="eval.jsonl holds no evaluation that can be read"):
         Store.read(tmp_path / FILE)
+
+
+@pytest.mark.parametrize("file", [FILE, "eval.rank3.jsonl"])
+@pytest.mark.parametrize("text", NO_EVALUATION)
+def test_what_is_no_store_is_left_as_it_is(text, file, tmp_path):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(MelayerError):
+        Store.opened(tmp_path, ABOUT, Group())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {file: text}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seconds": None}, "seconds: input should be a valid number"),
+        ({"tokens": "3"}, "tokens: input should be a valid integer, and '3' stands there"),
+        ({"item": "t"}, "item is 't'; expected a task and a place"),
+        ({"task": "u"}, "its task 'u' is not among the settings"),
+        ({"scores": {"m": 1}}, "m is 1; expected a value and a size"),
+        ({"scores": {"m": [1, None]}}, r"m is \[1, None\]; expected a value and a size"),
+        ({"crc33": "00000000"}, "it has fields that this version does not know"),
+    ],
+)
+def test_an_answer_that_is_none(changed, said, tmp_path):
+    row = {**answer("t", "plain", 0, m=[1, 1]), **changed}
+    write(tmp_path, ABOUT, [row])
+    before = (tmp_path / FILE).read_bytes()
+    for read in (lambda: Store.read(tmp_path / FILE), lambda: Store.opened(tmp_path, ABOUT, Group())):
+        with pytest.raises(InputError, match=f"holds no evaluation that can be read: line 2: {said}"):
+            read()
+    assert (tmp_path / FILE).read_bytes() == before
+    del row["seconds"]
+    write(tmp_path, ABOUT, [row])
+    with pytest.raises(InputError, match="holds no evaluation that can be read"):
+        Store.read(tmp_path / FILE)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stored")
+    store = Store.opened(directory, ABOUT, Group())
+    store.add([answer("t", "plain", place, m=[place % 2, 1]) for place in range(3)])
+    return (directory / FILE).read_bytes(), store.records
+
+
+@given(st.data())
+def test_whatever_byte_is_changed_or_cut_no_answer_becomes_another(stored, tmp_path_factory, data):
+    content, records = stored
+    path = tmp_path_factory.getbasetemp() / "damaged.jsonl"
+    path.write_bytes(damaged(content, data))
+    try:
+        found = Store.read(path)[1]
+    except MelayerError:
+        return
+    assert found.items() <= records.items()
 
 
 def test_places_that_are_none(tmp_path):

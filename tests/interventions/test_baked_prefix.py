@@ -143,10 +143,19 @@ def test_bad_input(tmp_path):
     with pytest.raises(InputError, match=r"was computed by weights with fingerprint .*Bake it again with this model"):
         BakedPrefix.load(tmp_path, toys.make("llama", seed=1))
     about = json.loads((tmp_path / ABOUT).read_text())
-    (tmp_path / ABOUT).write_text(json.dumps({key: value for key, value in about.items() if key != "ids"}))
+    (tmp_path / ABOUT).write_text(
+        json.dumps({key: value for key, value in about.items() if key not in ("ids", "crc32")})
+    )
     with pytest.raises(InputError, match=r"cannot be read: 'ids'. Write it again"):
         BakedPrefix.load(tmp_path, model)
+    (tmp_path / ABOUT).write_text(json.dumps({**about, "ids": [9, *about["ids"][1:]]}))
+    with pytest.raises(InputError, match=r"cannot be read: it is not as it was written .*Write it again"):
+        BakedPrefix.load(tmp_path, model)
     (tmp_path / ABOUT).write_text(json.dumps(about))
+    content = (tmp_path / TENSORS).read_bytes()
+    (tmp_path / TENSORS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"prefix.safetensors is not as it was written .*Write it again"):
+        BakedPrefix.load(tmp_path, model)
     (tmp_path / TENSORS).write_bytes((tmp_path / TENSORS).read_bytes()[:50])
     with pytest.raises(InputError, match=r"cannot be read: .*Write it again"):
         BakedPrefix.load(tmp_path, model)

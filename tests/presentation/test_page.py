@@ -2,17 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import hostile_stores
 import pytest
 
 import melayer
 from hand_made import HOSTILE
 from melayer.errors import OutputError
 from melayer.presentation import figures
-from melayer.presentation.page import Page, check_writable, versions_fact, write_page
+from melayer.presentation.page import Page, check_writable, made_by, versions_fact, write_page
 from melayer.presentation.sections import Plot, Section, Table
+from melayer.runs import ours
 
 ESCAPED = HOSTILE.replace("<", "&lt;").replace(">", "&gt;")
 PLOT = Plot("p", "Plot", "It is.", "Read it.", {"data": [], "layout": {}})
@@ -77,14 +80,55 @@ def test_no_text_closes_the_script_that_holds_the_figures(tmp_path):
     assert json.loads(held)["p"]["data"][0]["x"] == ["</script><script>alert(1)</script>"]
 
 
-def test_a_number_that_is_none_is_an_error_and_no_page(tmp_path):
-    """JSON has no NaN, and a browser would not read it."""
+def test_what_json_cannot_hold_is_null_or_escaped(tmp_path):
+    """JSON has no NaN, and UTF-8 no lone surrogates, which a file name in another encoding is made of."""
+    section = Section("s", "caf\udce9", "Answer \udce9.", (Table("table", ["a"], [["\ud800"]]),))
+    values = {"found": float("nan"), "above": float("inf"), "name \udce9": ("caf\udce9", 1.5)}
+    written = write_page(Page("caf\udce9", [section], (), (), values), tmp_path, command="melayer caf\udce9")
+    text = written.json.read_text(encoding="utf-8")
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert (found["found"], found["above"]) == (None, None)
+    assert found["name \\udce9"] == ["caf\\udce9", 1.5]
+    assert found["provenance"]["command"] == "melayer caf\\udce9"
+    assert "<h1>caf\\udce9</h1>" in own_part(written.html)
+
+
+def files(directory):
+    return hostile_stores.found(directory)
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.json"])
+@pytest.mark.parametrize("kind", hostile_stores.KINDS)
+def test_what_others_put_there_stays(tmp_path, name, kind):
+    hostile_stores.KINDS[kind](tmp_path / name)
+    before = files(tmp_path)
+    for write in (check_writable, lambda out: write_page(PAGE, out)):
+        with pytest.raises(OutputError, match=f"{name} is|{name} was not written by melayer"):
+            write(tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_a_page_of_ours_is_replaced(tmp_path):
+    written = write_page(PAGE, tmp_path)
+    assert ours.written_by_melayer(written.html)
+    assert ours.written_by_melayer(written.json)
+    write_page(replace(PAGE, name="another"), tmp_path)
+    assert "<h1>another</h1>" in own_part(written.html)
+    # As the first version wrote it, without a generator.
+    written.html.write_text(re.sub("<meta name=.generator.*?>\n", "", written.html.read_text(), count=1))
     write_page(PAGE, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    broken = Page("m", SECTIONS, (), (), {"found": float("nan")})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_page(broken, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert f"<h1>{ESCAPED}</h1>" in own_part(written.html)
+
+
+def test_by_which_command_it_was_made(tmp_path):
+    assert made_by(tmp_path) is None
+    write_page(PAGE, tmp_path)
+    assert made_by(tmp_path) is None
+    write_page(PAGE, tmp_path, command="melayer locate x")
+    assert made_by(tmp_path) == "melayer locate x"
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(OutputError, match="report.json cannot be read as a report"):
+        made_by(tmp_path)
 
 
 def test_versions():

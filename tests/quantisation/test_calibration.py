@@ -144,6 +144,32 @@ def test_nothing_is_half_written(tmp_path, inputs, sets):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=r"The scales cannot be written to .*Give another place"):
         write_scales(tmp_path / "file", inputs, sets, ABOUT_MODEL)
-    with pytest.raises(ValueError, match="not JSON compliant|JSON"):
-        write_scales(tmp_path / "out", inputs, sets, {"x": float("nan")})
+    with pytest.raises(TypeError):
+        write_scales(tmp_path / "out", inputs, sets, {"x": object()})
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_scale_that_was_changed_is_not_read(tmp_path, inputs, sets):
+    write_scales(tmp_path, inputs, sets, ABOUT_MODEL)
+    of, name = next(iter(sets)), tmp_path / TENSORS
+    content = name.read_bytes()
+    name.write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
+    with pytest.raises(InputError, match=r"scales.safetensors is not as it was written .*Write them again"):
+        read_scales(tmp_path, inputs, of, "f00d")
+    name.write_bytes(content)
+    about = tmp_path / ABOUT
+    about.write_text(about.read_text().replace('"width": ', '"width": 1', 1))
+    with pytest.raises(InputError, match=r"it is not as it was written .*Write them again"):
+        read_scales(tmp_path, inputs, of, "f00d")
+
+
+@pytest.mark.parametrize("name", [TENSORS, ABOUT])
+def test_what_others_put_there_stays(tmp_path, inputs, sets, name):
+    write_scales(tmp_path, inputs, sets, ABOUT_MODEL)
+    write_scales(tmp_path, inputs, sets, {**ABOUT_MODEL, "again": True})  # ours
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / name).write_text("somebody's")
+    with pytest.raises(OutputError, match=f"{name} was not written by melayer"):
+        write_scales(other, inputs, sets, ABOUT_MODEL)
+    assert [(path.name, path.read_text()) for path in other.iterdir()] == [(name, "somebody's")]

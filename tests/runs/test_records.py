@@ -62,5 +62,5 @@ def test_whatever_the_bytes_it_is_a_value_or_our_error(content: bytes | str) -> 
 def test_a_file_that_is_none(tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         records.read(tmp_path / "none.json", Point, "x", "y")
-    with pytest.raises(OutputError, match=r"point cannot be read: Is a directory. Give another place."):
+    with pytest.raises(OutputError, match=r"point cannot be read: it is a directory and no file. Give another place."):
         records.read(tmp_path, Point, "point cannot be read", "Give another place.", OutputError)

@@ -13,9 +13,10 @@ import melayer
 import toys
 from masked import ME, model_of
 from melayer.data.texts import builtin_texts
-from melayer.errors import InputError, MelayerWarning, OutputError
+from melayer.errors import InputError, MelayerError, MelayerWarning, OutputError
 from melayer.interventions.mask import WeMask
 from melayer.measurements.sinks.sinks import sinks_on
+from melayer.runs import jsonl
 from melayer.studies.sweep.report import section
 from melayer.studies.sweep.result import SweepPoint
 from melayer.studies.sweep.sweep import check_grid
@@ -274,18 +275,29 @@ def test_files_that_are_no_sweeps(model, tmp_path):
     file = tmp_path / "sweep.jsonl"
     measured(model, rates=[0], resume=file)
     head, point = file.read_text().splitlines()
-    for lines in (
-        ["[]", point],
-        ["{", point],
-        [head, "{}"],
-        [head, point[:40], point],
-        [head, point.replace("rate", "x")],
+    (tmp_path / "kept.jsonl").write_bytes(file.read_bytes())
+    for lines, said in (
+        (["[]", point], "was not written by melayer"),
+        (["{", point], "was not written by melayer"),
+        ([head, "{}"], "holds no sweep that can be read: line 2 is not as it was written"),
+        ([head, point[:40], point], "holds no sweep that can be read: line 2 is not as it was written"),
+        ([head, point.replace("rate", "x")], "holds no sweep that can be read: line 2 is not as it was written"),
     ):
         file.write_text("\n".join(lines) + "\n")
-        with pytest.raises(InputError, match="holds no sweep that can be read. Give another place, or remove it"):
+        before = file.read_bytes()
+        with pytest.raises(MelayerError, match=said):
+            measured(model, resume=file)
+        assert file.read_bytes() == before
+    # Whole lines that are no points of this version.
+    for change, said in (({"rate": "0"}, "rate: input should be a valid number"), ({"more": 1}, "does not know")):
+        of = jsonl.read(tmp_path / "kept.jsonl", "", "").values
+        of[1]["point"] |= change
+        file.unlink()
+        jsonl.replace(file, of)
+        with pytest.raises(InputError, match=f"holds no sweep that can be read: line 2: .*{said}"):
             measured(model, resume=file)
     # Nothing is finished in these, so nothing can be lost.
-    for text in ("", head, "{\n"):
+    for text in (head, head[:60], head + "\n"):
         file.write_text(text)
         measured(model, rates=[0], resume=file)
         assert file.read_text().splitlines() == [head, point]

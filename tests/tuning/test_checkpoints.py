@@ -221,7 +221,7 @@ def test_publishing_replaces_a_directory_of_the_same_name(tmp_path):
     staged.mkdir()
     (staged / "new").write_text("")
     checkpoints.publish(staged, tmp_path / "checkpoint-1")
-    assert [path.name for path in (tmp_path / "checkpoint-1").iterdir()] == ["new"]
+    assert sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir()) == [checkpoints.CHECKSUMS, "new"]
     assert list((tmp_path / checkpoints.STAGING).iterdir()) == []
 
 

@@ -3,12 +3,12 @@
 import gzip
 import json
 
+import hostile_corpora
 import pytest
 from datasets import Dataset, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hostile_corpora
 import small_runs
 import toys
 from melayer.errors import InputError

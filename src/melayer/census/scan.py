@@ -178,8 +178,9 @@ def _opened(store: Path | None, settings: ScanSettings, group: Group) -> State:
     state = State(settings)
     if group.rank == 0:
         state = scan_state.read(store, settings)
-        scan_state.write(store, 0, state)
-        scan_state.remove_others(store, 0)
+        if state.shares:
+            scan_state.write(store, 0, state)
+            scan_state.remove_others(store, 0)
     # The first process alone reads; the others learn from it what is done, and begin files of their own.
     shares = group.gather(list(state.shares.values()))
     if group.rank:

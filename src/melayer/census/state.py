@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import TypedDict  # pydantic reads those of `typing` from Python 3.12 on
 
 from melayer.census.counts import Census
 from melayer.data.corpus import MAX_NAMED, LeftOut
-from melayer.errors import InputError, OutputError
-from melayer.runs import atomic
+from melayer.errors import InputError, OutputError, border, reason
+from melayer.runs import atomic, ours, records
+from melayer.runs.json_text import json_text
 
 PATTERN = "scan.*.state"
-"""The files of a scan's directory in which each process keeps what it has found."""
+"""The files of a scan's directory in which each process keeps what it has found: archives of arrays, each part of
+which has its checksum in the archive."""
+_TODO = "Give another place, or remove it."
 
 
 class ScanSettings(TypedDict):
@@ -48,6 +53,17 @@ class Share:
     def has(self, index: int) -> bool:
         """Whether this document is one of them."""
         return index < self.until and index % self.size == self.rank
+
+
+class _About(TypedDict):
+    """What a state says of its arrays."""
+
+    settings: dict[str, Any]
+    categories: list[str]
+    shares: list[tuple[int, int, int]]
+    left_out: list[tuple[int, str]]
+    n_left_out: int
+    seconds: float
 
 
 @dataclass(eq=False)
@@ -117,29 +133,64 @@ class State:
             f"census{place}": np.frombuffer(census.to_bytes(), np.uint8)
             for place, census in enumerate(self.censuses.values())
         }
-        arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        arrays["about"] = np.frombuffer(json_text(about, ascii_only=True).encode(), np.uint8)
         file = io.BytesIO()
         np.savez(file, **arrays)  # the censuses are compressed already
         return file.getvalue()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> State:
-        """What `to_bytes` wrote."""
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].tobytes())
+    def from_bytes(cls, content: bytes, where: object = "What another process has sent") -> State:
+        """What `to_bytes` wrote.
+
+        Args:
+            content: All of it.
+            where: Where it comes from, for what is said.
+
+        Raises:
+            InputError: It is something else, or a part of it is not as it was written.
+        """
+        said = f"{where} cannot be read as a scan's state"
+        # A file that was cut off or changed is whatever numpy, zipfile and zlib make of it.
+        with border(said, _TODO), np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            about = records.parse(arrays["about"].tobytes(), _About, said, _TODO)
+            if records.parse(arrays["about"].tobytes(), dict[str, Any], said, _TODO).keys() != about.keys():
+                raise ValueError("it has fields that this version does not know")
             censuses = {
-                name: Census.from_bytes(arrays[f"census{place}"].tobytes())
+                name: _checked(Census.from_bytes(arrays[f"census{place}"].tobytes()))
                 for place, name in enumerate(about["categories"])
             }
+            if len(arrays.files) != len(censuses) + 1:
+                raise ValueError(f"it has {len(arrays.files)} parts for {len(censuses)} categories")
+            if not all(0 <= rank < size and until >= 0 for rank, size, until in about["shares"]):
+                raise ValueError("its shares of the documents are none")
         shares = [Share(*share) for share in about["shares"]]
         return cls(
-            settings=about["settings"],
+            settings=cast(ScanSettings, about["settings"]),
             censuses=censuses,
             shares={(share.rank, share.size): share for share in shares},
             left_out=[LeftOut(*found) for found in about["left_out"]],
             n_left_out=about["n_left_out"],
             seconds=about["seconds"],
         )
+
+
+def _checked(census: Census) -> Census:
+    """The census; raises ValueError where an array is not of the type and shape that it is filled with."""
+    widths = [len(found) for found in census.dim_maxima]
+    like = Census.empty(census.places, widths, len(census.holding), len(census.seen), census.errors.shape)
+    for item in fields(Census):
+        mine, empty = getattr(census, item.name), getattr(like, item.name)
+        if isinstance(empty, np.ndarray) and not _alike(mine, empty, any_length=item.name.startswith("document_")):
+            raise ValueError(f"{item.name} is not what it should be")
+    if not all(_alike(*pair) for pair in zip(census.dim_maxima, like.dim_maxima, strict=True)):
+        raise ValueError("dim_maxima is not what it should be")
+    if census.document_bins.shape != census.document_counts.shape:
+        raise ValueError("document_counts is not what it should be")
+    return census
+
+
+def _alike(array: NDArray[Any], like: NDArray[Any], *, any_length: bool = False) -> bool:
+    return array.dtype == like.dtype and (array.ndim == like.ndim if any_length else array.shape == like.shape)
 
 
 def merged_bytes(first: bytes, second: bytes) -> bytes:
@@ -169,19 +220,16 @@ def read(directory: Path, settings: ScanSettings) -> State:
 
     Raises:
         InputError: A file is damaged, or of other settings.
-        OutputError: The directory cannot be read.
+        OutputError: The directory cannot be read, or a file is not ours.
     """
-    states: list[tuple[Path, State]] = []
+    with _keeping(directory):
+        atomic.require_writable(directory)
     try:
-        for path in sorted(directory.glob(PATTERN)):
-            try:
-                states.append((path, State.from_bytes(path.read_bytes())))
-            except (ValueError, KeyError, EOFError) as error:
-                raise InputError(
-                    f"{path} cannot be read as a scan's state ({error}). Give another place, or remove it."
-                ) from error
+        paths = sorted(directory.glob(PATTERN))
+        ours.require(paths)
+        states = [(path, State.from_bytes(ours.read_bytes(path), path)) for path in paths]
     except OSError as error:
-        raise OutputError(f"The scan in {directory} cannot be read: {error.strerror}.") from error
+        raise OutputError(f"The scan in {directory} cannot be read: {reason(error)}.") from error
     whole = State(settings)
     # The one with most shares first: what a process was about to take over, and did, is in it already.
     for path, state in sorted(states, key=lambda item: -len(item[1].shares)):
@@ -198,11 +246,18 @@ def write(directory: Path, rank: int, state: State) -> None:
     Raises:
         OutputError: There is no space, or no right to write.
     """
-    try:
+    with _keeping(directory):
         atomic.write_bytes(path_of(directory, rank), state.to_bytes())
+
+
+@contextmanager
+def _keeping(directory: Path) -> Iterator[None]:
+    """Turns what the file system refuses into our error."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(
-            f"The scan cannot be kept in {directory}: {error.strerror}. What was kept before stands. Make room or give "
+            f"The scan cannot be kept in {directory}: {reason(error)}. What was kept before stands. Make room or give "
             "another place."
         ) from error
 

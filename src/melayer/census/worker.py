@@ -105,7 +105,7 @@ class Worker:
             now = time.monotonic()
             state.seconds += now - kept
             kept = now
-            if store is not None:
+            if store is not None and state.censuses:  # else nothing is lost
                 scan_state.write(store, group.rank, state)
 
         applied = nullcontext() if mask is None else mask.apply(self.decoder.model, when=lambda: self.masked)

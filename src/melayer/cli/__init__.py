@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from melayer.cli import demo, evaluation, generating, measuring, quantising, scanning, tuning
+from melayer.cli.commands import Commands
 from melayer.version import __version__
 
 app = typer.Typer(
     name="melayer",
+    cls=Commands,
     help="Find, explain, measure and relax massive activations in language models.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,7 +39,7 @@ def _root(
 # In the order of the help.
 for group in (demo, measuring, generating, evaluation, quantising, tuning, scanning):
     app.add_typer(group.commands)
-app.add_typer(tuning.tune_app, name="tune")
+app.add_typer(tuning.tune_app, name="tune", cls=Commands)
 
 
 def main() -> None:

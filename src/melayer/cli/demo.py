@@ -10,8 +10,9 @@ import typer
 
 from melayer.cli.measuring import everything, overview
 from melayer.cli.options import Options, StoredOptions, flat
-from melayer.cli.output import answer, require_writable
-from melayer.cli.session import load, stderr
+from melayer.cli.output import answer, require_writable, written_or_shown
+from melayer.cli.session import load
+from melayer.cli.streams import stderr
 
 commands = typer.Typer()
 
@@ -45,7 +46,8 @@ def demo_command(
     defaults = Options()
     loaded = load("demo", defaults.model.loading())
     located, rest = everything(loaded, "demo", defaults.arguments(), {"max_tokens": None, "max_listed": 16}, None)
-    written = overview(located, out, loaded, "demo", rest)
-    answer(options.output.as_json, located.to_dict, lambda to: show_locate(located, to), written)
+    shown = (options.output.as_json, located.to_dict, lambda to: show_locate(located, to))
+    written = written_or_shown(lambda: overview(located, out, loaded, "demo", rest), *shown)
+    answer(*shown, written)
     if open_page and not webbrowser.open(written.html.resolve().as_uri()):
         stderr().print(f"Note: no browser could be started; open {written.html.resolve()} in one.", soft_wrap=True)

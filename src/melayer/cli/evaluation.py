@@ -14,7 +14,8 @@ from melayer.cli.masks import MaskRequest, located, require_plain
 from melayer.cli.options import Chat, Model, Options, Selectors, SelectorSeed, StoredOptions, Strength, System, flat
 from melayer.cli.output import answer, command_line, require_writable
 from melayer.cli.parsing import items_of, rates_of
-from melayer.cli.session import load, own_device, progress, stderr
+from melayer.cli.session import load, own_device, progress
+from melayer.cli.streams import stderr
 from melayer.errors import InputError, require_known
 
 if TYPE_CHECKING:
@@ -91,7 +92,13 @@ def eval_command(  # noqa: PLR0913 - one parameter an option
     from melayer.evaluation.tasks import load_tasks
 
     with stderr().status("Loading the tasks"):
-        benchmarks = load_tasks(items_of(tasks), data=data, fewshot=fewshot, max_new_tokens=max_new_tokens)
+        benchmarks = load_tasks(
+            items_of(tasks),
+            data=data,
+            fewshot=fewshot,
+            max_new_tokens=max_new_tokens,
+            trust_remote_code=options.model.loading()["trust_remote_code"],
+        )
     if selection is not None:
         selection.check(benchmarks, items)  # now, and not after hours of answering
     loading = options.model.loading()

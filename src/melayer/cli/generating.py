@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from melayer.cli.masks import MaskRequest
 from melayer.cli.options import (
@@ -23,6 +22,7 @@ from melayer.cli.options import (
 from melayer.cli.output import answer
 from melayer.cli.parsing import blocks_of
 from melayer.cli.session import load
+from melayer.cli.streams import Stdout
 
 commands = typer.Typer()
 
@@ -53,10 +53,12 @@ def generate_command(  # noqa: PLR0913 - one parameter an option
     """
     arguments = options.arguments()
     request = MaskRequest(rate, selector, strength, seed, positions, blocks_of("--layers", layers))
+    from melayer.numerics.seeds import require_seed
     from melayer.studies.answers.answers import answers
     from melayer.studies.answers.table import live_answers, show_answers
 
     request.check()
+    require_seed(seed)
     loaded = load(model, options.model.loading())
     asking: dict[str, Any] = {
         "mask": request.made(loaded, model, arguments),
@@ -67,7 +69,7 @@ def generate_command(  # noqa: PLR0913 - one parameter an option
         "seed": seed,
         "name": model,
     }
-    terminal = Console()
+    terminal = Stdout()
     if terminal.is_terminal and not options.output.as_json:
         with live_answers(prompt, terminal) as stream:
             result = answers(loaded.model, loaded.tokenizer, prompt, **asking, stream=stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -22,9 +23,10 @@ from melayer.cli.options import (
     Strength,
     flat,
 )
-from melayer.cli.output import answer, command_line, page, require_writable
+from melayer.cli.output import answer, command_line, page, require_writable, written_or_shown
 from melayer.cli.parsing import blocks_of, items_of, layers_of, rates_of
-from melayer.cli.session import load, progress, quiet, stderr
+from melayer.cli.session import load, progress, quiet
+from melayer.cli.streams import print_json, say, stderr
 from melayer.errors import InputError, MelayerError
 
 if TYPE_CHECKING:
@@ -201,9 +203,17 @@ def report_command(
     require_writable(out)
     loaded = load(model, options.model.loading())
     located, rest = everything(loaded, model, arguments, {"max_tokens": max_tokens, "max_listed": max_listed}, T)
-    written = overview(located, out, loaded, model, rest)
+    written = written_or_shown(
+        lambda: overview(located, out, loaded, model, rest),
+        options.output.as_json,
+        lambda: {
+            "locate": located.to_dict(),
+            **{key: of.to_dict() for key, of in rest.items() if hasattr(of, "to_dict")},
+        },
+        lambda to: to.print(located.sentence, markup=False),
+    )
     if options.output.as_json:
-        typer.echo(written.json.read_text(encoding="utf-8"))
+        print_json(json.loads(written.json.read_text(encoding="utf-8")))
     else:
         page(written, before=located.sentence)
 
@@ -279,7 +289,7 @@ def everything(
                     raise
                 not_measured[key] = str(error)
     for key, reason in not_measured.items():
-        stderr().print(f"Note: {key} was not measured. {reason}", markup=False)
+        say(f"Note: {key} was not measured. {reason}")
     return located, {**results, "not_measured": not_measured}
 
 
@@ -295,5 +305,5 @@ def overview(located: LocateResult, out: Path, loaded: Loaded, name: str, result
             **results,
             command=command_line(),
             device=str(loaded.model.device),
-            weights=weight_hashes(loaded.model, name),
+            weights=weight_hashes(loaded.model),
         )

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from melayer.cli.parsing import memory_of
-from melayer.cli.session import session
+from melayer.cli.parsing import check_numbers, memory_of
+from melayer.cli.session import session, what_is_kept
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
@@ -304,7 +304,9 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         made: dict[str, Any] = {
             name: kind(**{item.name: given.pop(item.name) for item in fields(kind)}) for name, kind in groups.items()
         }
-        with session(made["output"].debug):
+        name, out = command.__name__.removesuffix("_command").replace("_", "-"), given.get("out")
+        with session(made["output"].debug, what_is_kept(name, out)):
+            check_numbers({**given, **{key: value for kind in made.values() for key, value in vars(kind).items()}})
             command(**given, options=container(**made))
 
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]

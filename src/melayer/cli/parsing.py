@@ -6,12 +6,35 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from melayer.errors import InputError
 
 if TYPE_CHECKING:
     from melayer.interventions.load import Loaded
+
+
+LARGEST_SEED = 2**32 - 1
+"""What every source of random numbers takes: numpy's older one no more."""
+LARGEST = 2**31 - 1
+"""Of any other number of things."""
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Raises InputError where a number of an option is none that can be counted or compared with.
+
+    Args:
+        values: Of all options, by their names in Python.
+    """
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{option} is {value}; expected a finite number.")
+        if isinstance(value, int) and not isinstance(value, bool):
+            largest = LARGEST_SEED if name == "seed" else LARGEST
+            if not -largest <= value <= largest:
+                shown = str(value) if abs(value) < 10**30 else "a number of more than 30 digits"
+                raise InputError(f"{option} is {shown}; expected at most {largest}.")
 
 
 def items_of(value: str) -> list[str]:

@@ -13,6 +13,7 @@ from melayer.cli.output import answer, command_line, require_writable
 from melayer.cli.parsing import blocks_of, items_of, layers_of
 from melayer.cli.session import load, progress
 from melayer.errors import InputError
+from melayer.runs import ours
 
 commands = typer.Typer()
 
@@ -53,6 +54,7 @@ def quant_check_command(  # noqa: PLR0913 - one parameter an option
     """
     from melayer.quantisation.quant_check import FILE, quant_check
     from melayer.quantisation.report import write_quant_report
+    from melayer.quantisation.result import QuantCheckResult
     from melayer.quantisation.table import show_quant_check
 
     arguments: dict[str, Any] = {
@@ -71,6 +73,8 @@ def quant_check_command(  # noqa: PLR0913 - one parameter an option
     blocks = blocks_of("--layers", layers)
     arguments["calibration"] = None if calibration is None else options.texts.of_file(calibration)
     require_writable(out)
+    if out is not None:
+        ours.require([out / FILE, *QuantCheckResult.files_of(out)])
     loaded = load(model, options.model.loading())
     if prefix is not None:
         arguments["prefix"] = loaded.tokenizer(prefix, add_special_tokens=False)["input_ids"]

@@ -241,7 +241,7 @@ class Corpus:
             f"{self.source!r} is no file here, and cannot be had from the hub",
             "Check the spelling and the network, or give a file.",
         ):
-            return datasets.load_dataset(self.source, split=self.split, streaming=True)
+            return datasets.load_dataset(self.source, split=self.split, streaming=True, trust_remote_code=False)
 
 
 @dataclass(eq=False)

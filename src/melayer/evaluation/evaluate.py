@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from melayer.errors import InputError
-from melayer.evaluation.harness import Item, answer, harness, item_batches, items_of, metrics_of, rolling_beginning
+from melayer.evaluation.harness import (
+    Asked,
+    Item,
+    answer,
+    harness,
+    item_batches,
+    items_of,
+    metrics_of,
+    rolling_beginning,
+)
+from melayer.evaluation.hub_code import hub_code
 from melayer.evaluation.result import EvalResult, StoredAnswer
 from melayer.evaluation.scoring import Aggregates, scored
 from melayer.evaluation.settings import EvalSettings, SharedSettings, TaskSettings
@@ -92,17 +102,25 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
         raise InputError("Nothing to evaluate: give at least one benchmark and one variant.")
     chat = _asks_by_template(tokenizer, chat, system)
     subject = Subject.of(model, tokenizer, parts=parts, name=name)
-    settings: EvalSettings = {
-        "shared": _shared(subject, chat, system, batch_size, max_length),
-        "tasks": {benchmark.name: _described(benchmark, limit, tokenizer, bos) for benchmark in benchmarks},
-        "variants": {label: _variant(variant) for label, variant in variants.items()},
-    }
-    store_of_run = Store.opened(None if store is None else Path(store), settings, Group.joined(model.device.type))
-    with harness(model, tokenizer, batch_size=batch_size, max_length=max_length, bos=bos) as lm, measuring(model):
-        items = {
+    group = Group.joined(model.device.type)
+    with (
+        hub_code(any(benchmark.trust_remote_code for benchmark in benchmarks)),
+        harness(model, tokenizer, batch_size=batch_size, max_length=max_length, bos=bos) as lm,
+        measuring(model),
+    ):
+        asked = {
             benchmark.name: items_of(benchmark, lm, chat=chat, system=system, limit=limit) for benchmark in benchmarks
         }
-        store_of_run.check(items)
+        items = {task: of.items for task, of in asked.items()}
+        settings: EvalSettings = {
+            "shared": _shared(subject, chat, system, batch_size, max_length),
+            "tasks": {
+                benchmark.name: _described(benchmark, limit, asked[benchmark.name], tokenizer, bos)
+                for benchmark in benchmarks
+            },
+            "variants": {label: _variant(variant) for label, variant in variants.items()},
+        }
+        store_of_run = Store.opened(None if store is None else Path(store), settings, group, items)
         _answer_missing(_Questions(subject, lm, items, variants), store_of_run, progress)
     store_of_run.finish(items, list(variants))
     answers = {
@@ -162,6 +180,8 @@ def _answers(questions: _Questions, task: str, batch: Sequence[Item], label: str
             scores=response.scores,
             tokens=response.tokens,
             seconds=seconds,
+            cut=response.cut,
+            failed=response.failed,
         )
         for response in responses
     ]
@@ -208,7 +228,7 @@ def _aggregate(benchmark: Benchmark, metric: str, values: list[Any]) -> float:
 
 
 def _described(
-    benchmark: Benchmark, limit: int | None, tokenizer: PreTrainedTokenizerBase, bos: bool | None
+    benchmark: Benchmark, limit: int | None, asked: Asked, tokenizer: PreTrainedTokenizerBase, bos: bool | None
 ) -> TaskSettings:
     tasks = benchmark.tasks
     first = next(iter(tasks.values()))
@@ -221,6 +241,8 @@ def _described(
         "data_sha256": dict(benchmark.data),
         "cite": benchmark.cite,
         "metrics": metrics_of(benchmark),
+        "left_out": dict(asked.left_out) or None,
+        "prompts_cut": {item.key: item.n_lost for item in asked.items if item.n_lost} or None,
     }
     if first.OUTPUT_TYPE == "loglikelihood_rolling":
         described["begins_with"] = rolling_beginning(tokenizer, bos)

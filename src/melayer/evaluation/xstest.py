@@ -60,7 +60,7 @@ def rows_of_the_hub() -> LocalRows:
         "XSTest cannot be had from the hub",
         "Check the network, or give --data DIR with xstest/xstest_prompts.csv.",
     ):
-        found = datasets.load_dataset("Paul/XSTest", split="train")
+        found = datasets.load_dataset("Paul/XSTest", split="train", trust_remote_code=False)
     rejected = Rejected("XSTest")
     given = ((f"row {place + 1}", partial(found.__getitem__, place)) for place in range(len(found)))
     rows = checked_rows("xstest", given, rejected)

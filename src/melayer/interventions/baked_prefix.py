@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from melayer.data.chat import render
 from melayer.errors import InputError, OutputError
 from melayer.interventions.mask import WeMask
+from melayer.loading.source import MASK_FILE
 from melayer.model import wiring
 from melayer.model.decoder import Decoder, plain_model
 from melayer.model.provenance import fingerprint, require_same_model
-from melayer.runs import atomic
+from melayer.runs import atomic, records
+from melayer.runs.cache import sha256_of
+from melayer.runs.json_text import json_text
 from melayer.version import __version__
 
 if TYPE_CHECKING:
@@ -82,6 +85,11 @@ class BakedPrefix:
             return None
         return keys, values
 
+    @staticmethod
+    def files_of(directory: Path) -> list[Path]:
+        """What `save` may write into a directory."""
+        return [directory / name for name in (TENSORS, ABOUT, MASK_FILE)]
+
     def save(self, directory: str | Path) -> Path:
         """Writes `prefix.safetensors` (`keys.0`, `values.0`, …: [1, heads, tokens, d]), `prefix.json` and the mask.
 
@@ -96,7 +104,7 @@ class BakedPrefix:
             pair = self._keys_and_values(layer)
             assert pair is not None  # or it would be unwritable
             tensors[f"keys.{layer}"], tensors[f"values.{layer}"] = (tensor.contiguous().cpu() for tensor in pair)
-        about = {
+        about: dict[str, Any] = {
             "version": VERSION,
             "melayer_version": __version__,
             "ids": list(self.ids),
@@ -108,8 +116,9 @@ class BakedPrefix:
             self.mask.save(directory)
         try:
             with atomic.staged(directory, last=ABOUT) as place:
-                save_file(tensors, place / TENSORS)
-                (place / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+                save_file(tensors, place / TENSORS, metadata={"melayer_version": __version__})
+                about["sha256"] = sha256_of(place / TENSORS)
+                (place / ABOUT).write_text(json_text(records.sealed(about), indent=1), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"The prefix cannot be written to {directory}: {reason}. Give another place.") from error
@@ -126,7 +135,10 @@ class BakedPrefix:
 
         directory = Path(directory)
         try:
-            about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
+            said, todo = f"The baked prefix in {directory} cannot be read", "Write it again."
+            about = records.unsealed(records.read(directory / ABOUT, dict[str, Any], said, todo), said, todo)
+            if about.get("sha256", digest := sha256_of(directory / TENSORS)) != digest:
+                raise InputError(f"{said}: {TENSORS} is not as it was written (its checksum differs). {todo}")
             tensors = load_file(directory / TENSORS)
             ids = tuple(int(token) for token in about["ids"])
             computed_by = str(about["fingerprint"])
@@ -177,7 +189,7 @@ def fixed_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = Non
     rows = []
     # Beginnings of every kind, so that no token of the prefix has merged with one of them.
     for content in ("a", "The", "0", " x", "\n", "\n\n", "(", "中", "é", '"', "<", "#"):
-        text = tokenizer.apply_chat_template([*before, {"role": "user", "content": content}], tokenize=False)
+        text = render(tokenizer, [*before, {"role": "user", "content": content}])
         rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     common = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
     if not common:

@@ -75,9 +75,10 @@ def fetch_demo() -> Path:
     root = cache_directory() / "demo"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".fetched-") as temporary:
+        with tempfile.TemporaryDirectory(dir=root.resolve(), prefix=".fetched-") as temporary:
             command = install_command(Path(temporary))
-            code = subprocess.run(command, stdout=2, check=False).returncode
+            # From there: `python -m` would take a pip.py that lies in the directory at hand.
+            code = subprocess.run(command, stdout=2, check=False, cwd=temporary).returncode
             fetched = Path(temporary, DEMO_FILE)
             if code or not fetched.is_file():
                 raise ModelError(

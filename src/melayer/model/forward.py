@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from melayer.data.rows import Batch
-from melayer.errors import InputError
 from melayer.model import hooks
+from melayer.model.token_ids import require_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,14 +39,7 @@ def require_known_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
         model: What the ids are for.
         ids: Of any shape, on the host.
     """
-    known = embedding_weight(model).shape[0]
-    odd = ids[(ids < 0) | (ids >= known)]
-    if odd.numel():
-        raise InputError(
-            f"The texts have the token {int(odd[0])}, but the model has tokens 0 to {known - 1}: this is not the "
-            "tokenizer that it was trained with, or tokens were added to it alone. Give the model's own, or texts "
-            "without that token."
-        )
+    require_rows(ids, model.get_input_embeddings(), model)
 
 
 def embedding_weight(model: PreTrainedModel) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,9 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from melayer.errors import OutputError
+from melayer.errors import OutputError, reason
 from melayer.presentation.sections import Plot, Section
-from melayer.runs import atomic
+from melayer.runs import atomic, ours, records
+from melayer.runs.json_text import json_text, well_formed
 from melayer.version import __version__
 
 Facts = Sequence[tuple[str, str]]
@@ -44,21 +44,50 @@ class Written:
     json: Path
 
 
+def files_of(out: Path) -> Written:
+    """The files of a report in a directory."""
+    return Written(out / "report.html", out / "report.json")
+
+
 def check_writable(out: Path) -> None:
-    """Make the directory `out` if it is missing, and raise OutputError unless a file can be written in it.
+    """Make the directory `out` if it is missing, and raise OutputError unless a report can be written in it.
 
     Meant to be called before the measurement, so that nobody waits for a report that has no place to go.
+
+    Raises:
+        OutputError: Nothing can be written there, or a file of that name is not melayer's.
     """
+    written = files_of(out)
     try:
         atomic.require_writable(out)
-    except OSError as error:
+        ours.require([written.html, written.json])
+    except (OSError, ValueError) as error:
         raise OutputError(
-            f"The report cannot be written to {out}: {error.strerror}. Give another directory with --out."
+            f"The report cannot be written to {out}: {reason(error)}. Give another directory with --out."
         ) from error
+
+
+def made_by(out: Path) -> str | None:
+    """The command that made the report in a directory; None where there is none, or where no command did.
+
+    Raises:
+        OutputError: It cannot be read.
+    """
+    path = files_of(out).json
+    said, todo = f"{path} cannot be read as a report", "Give another directory, or move it away."
+    try:
+        values = records.read(path, dict[str, Any], said, todo, OutputError)
+    except FileNotFoundError:
+        return None
+    provenance = values.get("provenance")
+    command = provenance.get("command") if isinstance(provenance, dict) else None
+    return command if isinstance(command, str) else None
 
 
 def write_page(page: Page, out: str | Path, *, command: str | None = None) -> Written:
     """Writes `report.html` and `report.json` into `out`; both appear, whole, or what was there stays.
+
+    A report of melayer's that is there is replaced; whatever else is at these names stays, and is said.
 
     Args:
         page: What it says.
@@ -74,11 +103,8 @@ def write_page(page: Page, out: str | Path, *, command: str | None = None) -> Wr
     facts = [*page.facts, ("Made", date), *([("Command", command)] if command else [])]
     provenance = {"date": date, "command": command, **page.provenance}
     values = {"melayer_version": __version__, "provenance": provenance, **page.values}
-    written = Written(out / "report.html", out / "report.json")
-    texts = {
-        written.json: json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False),
-        written.html: render(page, facts),
-    }
+    written = files_of(out)
+    texts = {written.json: json_text(values, indent=1), written.html: well_formed(render(page, facts))}
     path = out
     try:
         with atomic.staged(out, last=written.html.name) as place:
@@ -86,7 +112,7 @@ def write_page(page: Page, out: str | Path, *, command: str | None = None) -> Wr
                 (place / path.name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be written: {error.strerror}. Free some space or give another directory with --out."
+            f"{path} cannot be written: {reason(error)}. Free some space or give another directory with --out."
         ) from error
     return written
 
@@ -111,10 +137,11 @@ def render(page: Page, facts: Facts) -> str:
     return template.render(
         sections=page.sections,
         name=page.name,
+        version=__version__,
         notes=page.notes,
         facts=facts,
         # `<` never appears as itself inside a script, so that no text can close it.
-        figures=json.dumps(plots, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
+        figures=json_text(plots).replace("<", "\\u003c"),
         plotly=get_plotlyjs(),
         style=(templates / "report.css").read_text(encoding="utf-8"),
         script=(templates / "report.js").read_text(encoding="utf-8"),

@@ -21,6 +21,7 @@ WRAPPED = frozenset({"begins", "metric", "variant"})
 number = partial(numbers.number, absent=ABSENT)
 percent = partial(numbers.percent, absent=ABSENT)
 share = partial(numbers.share, absent=ABSENT)
+change = partial(numbers.change, absent=ABSENT)
 
 
 def table(title: str, columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[Any]]) -> Table:

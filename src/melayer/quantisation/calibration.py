@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,12 @@ from melayer.model.provenance import require_same_model
 from melayer.numerics.grids import Format, scales
 from melayer.quantisation.linear_inputs import LinearInput, readers
 from melayer.quantisation.treatments import Treatment
+from melayer.runs import records
 from melayer.runs.atomic import staged
+from melayer.runs.cache import sha256_of
+from melayer.runs.json_text import json_text
 from melayer.runs.progress import Progress
+from melayer.runs.records import sealed, unsealed
 from melayer.version import __version__
 
 Granularity = Literal["per-tensor", "per-token", "per-channel"]
@@ -141,8 +144,9 @@ def write_scales(
     directory = Path(directory)
     try:
         with staged(directory, last=ABOUT) as place:
-            save_file(tensors, place / TENSORS)
-            (place / ABOUT).write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+            save_file(tensors, place / TENSORS, metadata={"melayer_version": __version__})
+            values["sha256"] = sha256_of(place / TENSORS)
+            (place / ABOUT).write_text(json_text(sealed(values), indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"The scales cannot be written to {directory}: {reason}. Give another place.") from error
@@ -165,7 +169,10 @@ def read_scales(
     """
     directory = Path(directory)
     try:
-        about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
+        said, todo = f"The scales in {directory} cannot be read", "Write them again."
+        about = unsealed(records.read(directory / ABOUT, dict[str, Any], said, todo), said, todo)
+        if about.get("sha256", digest := sha256_of(directory / TENSORS)) != digest:
+            raise InputError(f"{said}: {TENSORS} is not as it was written (its checksum differs). {todo}")
         tensors = load_file(directory / TENSORS)
         require_same_model(
             about["model"]["fingerprint"],

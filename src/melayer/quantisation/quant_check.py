@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melayer.data.rows import bos_note, token_text
-from melayer.interventions.apply import require_unmasked
+from melayer.interventions.at_work import require_unmasked
 from melayer.interventions.mask import Selector, WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, Origin, criterion_settings, origin_of
 from melayer.model.subject import Subject
-from melayer.numerics.paired import LEVEL
+from melayer.numerics.intervals import LEVEL
 from melayer.quantisation.calibration import GRANULARITIES, ScaleSet
 from melayer.quantisation.check import Check
 from melayer.quantisation.choices import Choices

@@ -26,7 +26,7 @@ from melayer.runs.progress import Progress
 from melayer.runs.resume_log import Entries, ResumeLog
 from melayer.version import __version__
 
-ENTRIES = Entries("quant-check", "setting", Setting.from_dict, lambda setting: setting.scale_set)
+ENTRIES = Entries("quant-check", "setting", Setting, lambda setting: setting.scale_set)
 """How finished settings are kept."""
 
 
@@ -63,6 +63,7 @@ def run_passes(
         InputError: The losses are not finite, or the file is of another check.
         OutputError: The file cannot be written.
     """
+    log = ResumeLog.opened(ENTRIES, resume, _depends_on(check, plan))
     scorer = Scorer(check.decoder, check.sequences, check.max_batch_tokens)
     with collected() as said:
         # Before any long run: whatever is wrong with a mask is wrong now.
@@ -70,7 +71,6 @@ def run_passes(
         calibrated = _calibrated(check, plan, emerged.flags)
         flags, unquantised = _unquantised(check, scorer, emerged)
         masked_score = None if plan.active_mask is None else _masked_score(check, scorer, plan.active_mask)
-        log = ResumeLog.opened(ENTRIES, resume, _depends_on(check, plan))
         excluded = with_prefix(flags, check.sequences.n_prefix)
         runner = _SettingRunner(check, plan, scorer, calibrated, baked, excluded)
         for setting in settings:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from melayer.errors import InputError, MelayerError, reason
+from melayer.runs import ours
+from melayer.runs.json_text import json_text
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
 Kind = TypeVar("Kind")
+SEAL = "crc32"
+"""The field with the CRC-32 of all others, as hexadecimal digits."""
 
 
 def parse(
@@ -55,13 +61,43 @@ def read(
         FileNotFoundError: There is none, which means something else at each place.
         InputError: It cannot be read, or as `parse`.
     """
+    return parse(content_of(path, said, todo, error), kind, said, todo, error)
+
+
+def content_of(path: Path, said: str, todo: str, error: type[MelayerError] = InputError) -> bytes:
+    """What is in a file; of a pipe or a device nothing is read, since it might never end.
+
+    Raises:
+        FileNotFoundError: There is none.
+        InputError: It cannot be read.
+    """
     try:
-        content = path.read_bytes()
+        return ours.read_bytes(path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as unreadable:
+    except (OSError, ValueError, MemoryError) as unreadable:
         raise error(f"{said}: {reason(unreadable)}. {todo}") from unreadable
-    return parse(content, kind, said, todo, error)
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with a checksum of them all as the last field, whatever the spaces between them in a file."""
+    return {**values, SEAL: _checksum(values)}
+
+
+def unsealed(values: Mapping[str, Any], said: str, todo: str, error: type[MelayerError] = InputError) -> dict[str, Any]:
+    """The values without their checksum; those of the first version have none.
+
+    Raises:
+        InputError: They are not those that it was made of.
+    """
+    rest = {key: value for key, value in values.items() if key != SEAL}
+    if SEAL in values and values[SEAL] != _checksum(rest):
+        raise error(f"{said}: it is not as it was written (its checksum differs). {todo}")
+    return rest
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json_text(values, ascii_only=True).encode('ascii')):08x}"
 
 
 def _first(invalid: ValidationError) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from melayer.errors import InputError, first_line
+from melayer.numerics.seeds import require_seed
 
 if TYPE_CHECKING:
     from melayer.tuning.rows import Method
@@ -126,6 +127,8 @@ def resolve(
         "save_steps": STEPS_BETWEEN,
         "save_total_limit": 2,
         "seed": seed,
+        # Of whatever a trainer may load by a name: a reference, a reward model.
+        "trust_remote_code": False,
         # A NaN is to stop the run, not to be averaged away.
         "logging_nan_inf_filter": False,
     }
@@ -142,6 +145,7 @@ def resolve(
         alone = method == "sft" and given.get("padding_free") and not given.get("packing")
         ours["max_length"] = None if alone else min(default or max_positions, max_positions)
     values = {**ours, **given}
+    require_seed(values["seed"])
     try:
         with quiet():
             return kind(**values, output_dir=str(out), disable_tqdm=True)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import nn
 
 from melayer.errors import InputError, first_line, require_known
-from melayer.interventions.apply import require_unmasked
+from melayer.interventions.at_work import require_unmasked
 from melayer.loading import adapters
+from melayer.model.hooks import known_ids
 from melayer.model.provenance import describe, versions
 from melayer.model.subject import Subject
 from melayer.tuning import checkpoints, run_directory
@@ -91,6 +92,7 @@ def _trained(plan: Plan, checkpoint: Checkpoint | None) -> tuple[int, list[str]]
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(restored(model))
+        stack.enter_context(known_ids(model))
         generation = (model.config.use_cache, getattr(model.generation_config, "disable_compile", None))
         trainer = _trainer(plan, _masked(plan, stack))
         if is_sharded(trainer):
@@ -114,9 +116,9 @@ def _masked(plan: Plan, stack: ExitStack) -> nn.Module | None:
     """Masks the policy, and makes the reference, masked as was asked for; None where the policy itself is it."""
     reference = copy.deepcopy(plan.subject.model) if plan.reference is not None and plan.adapter is None else None
     if plan.mask is not None:
-        stack.enter_context(plan.mask.apply(plan.subject.decoder, when=_policy_runs(plan)))
+        stack.enter_context(plan.mask.apply(plan.subject.decoder, when=_policy_runs(plan), saved=False))
         if reference is not None and plan.reference == "masked":
-            stack.enter_context(plan.mask.apply(reference, parts=plan.job.parts))
+            stack.enter_context(plan.mask.apply(reference, parts=plan.job.parts, saved=False))
     return reference
 
 

@@ -12,7 +12,7 @@ from melayer.measurements.locate.conclude import conclude
 from melayer.measurements.locate.result import LocateResult
 from melayer.measurements.locate.trajectory import trajectories
 from melayer.measurements.settings import locate_settings
-from melayer.measurements.summaries import summaries_of
+from melayer.measurements.summaries import MassiveDims, summaries_of
 from melayer.model.subject import Subject
 from melayer.runs.progress import Progress
 
@@ -92,12 +92,13 @@ def locate_on(
     if max_listed < 1:
         raise InputError(f"max_listed is {max_listed}; expected at least 1.")
     rows = subject.rows(texts, max_tokens=max_tokens, bos=bos)
-    passes = list(batches(rows, max_batch_tokens=max_batch_tokens))
+    passes, dims = list(batches(rows, max_batch_tokens=max_batch_tokens)), MassiveDims()
     return conclude(
         rows,
-        summaries_of(subject.decoder, passes, criterion, k=max_listed, progress=progress),
+        summaries_of(subject.decoder, passes, criterion, k=max_listed, progress=progress, on_summary=dims.add),
+        dims,
         criterion,
         subject.info,
-        locate_settings(rows, texts, max_tokens, bos),
+        locate_settings(rows, texts, max_tokens, bos, max_listed),
         lambda targets: trajectories(subject.decoder, targets, max_batch_tokens=max_batch_tokens),
     )

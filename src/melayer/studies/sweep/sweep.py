@@ -29,7 +29,7 @@ RATES = tuple(place / 10 for place in range(11))
 SELECTORS: tuple[Selector, ...] = ("weight", "activation", "random")
 FILE = "sweep.jsonl"
 """Where the command keeps the finished settings, in the directory of the report."""
-ENTRIES = Entries("sweep", "point", SweepPoint.from_dict, lambda point: (point.selector, point.rate))
+ENTRIES = Entries("sweep", "point", SweepPoint, lambda point: (point.selector, point.rate))
 """How finished settings are kept."""
 
 
