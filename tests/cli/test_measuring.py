@@ -361,3 +361,10 @@ def test_the_texts_of_a_file_are_measured_and_not_its_syntax(toy_directory, tmp_
     assert "has no columns, so there is no column 'mine'" in failing(
         "locate", toy_directory, "--file", __file__, "--column", "mine"
     )
+
+
+def test_a_text_that_is_not_utf8_is_refused_before_a_model_is_loaded():
+    assert (
+        "Text 0 cannot be read: it holds U+DCFF at character 3, half of a surrogate pair. Give it as UTF-8"
+        in failing("locate", "./nowhere", "--text", "w1 \udcff")
+    )

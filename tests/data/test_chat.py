@@ -2,9 +2,9 @@
 
 import time
 
+import hostile_checkpoints as hostile
 import pytest
 
-import hostile_checkpoints as hostile
 import toys
 from melayer.data import chat
 from melayer.errors import InputError

@@ -5,6 +5,7 @@ import json
 import warnings
 from contextlib import nullcontext
 
+import hostile_masks
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import StaticCache
 
-import hostile_masks
 import melayer
 import toys
 from masked import ME, ROWS, TEXT, close, logits, mask_of, model_of, n_hooks, padded, state

@@ -6,10 +6,10 @@ import os
 import subprocess
 import warnings
 
+import hostile_checkpoints as hostile
 import pytest
 import torch
 
-import hostile_checkpoints as hostile
 import melayer
 import toys
 from command import failing

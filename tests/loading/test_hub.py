@@ -4,12 +4,12 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import hostile_checkpoints as hostile
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
-import hostile_checkpoints as hostile
 import melayer
 import toys
 from melayer.errors import ModelError

@@ -159,8 +159,10 @@ def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
                 unused = {"training_split": "train", "validation_split": "validation"}
                 child |= {key: None for key, split in unused.items() if split not in rows}
             children.append(child)
-        rows = bool(found.splits)
-        tasks, unread = _loaded_from_rows(children, known.folder) if rows else (_loaded(children, known.folder), {})
+        if found.splits:
+            tasks, unread = _loaded_from_rows(children, known.folder)
+        else:
+            tasks = _loaded(children, known.folder)
     files = {} if data is None or not local else {file: sha256_of(data / file) for file in known.files.values()}
     return Benchmark(name, tasks, known.primary, files, known.cite, known.fields, unread, notes=found.notes)
 
