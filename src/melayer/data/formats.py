@@ -96,11 +96,14 @@ def format_of(path: Path, *, whole: bool = False) -> Format | None:
 
 def _first_lines(path: Path, encoding: Encoding, name: str) -> list[bytes]:
     """The first lines of a file that are not blank, in UTF-8, as far as a sample goes; the last one may be cut off."""
-    with border(f"{name} cannot be read to its end", "Copy or download it again."):
-        with opened(path) as raw, as_utf8(raw, encoding) as file:
+    with (
+        border(f"{name} cannot be read to its end", "Copy or download it again."),
+        opened(path) as raw,
+        as_utf8(raw, encoding) as file,
+    ):
+        sample = file.read(SAMPLE)
+        while len(sample) == SAMPLE and not sample.strip():
             sample = file.read(SAMPLE)
-            while len(sample) == SAMPLE and not sample.strip():
-                sample = file.read(SAMPLE)
     lines = [line.removeprefix(codecs.BOM_UTF8) for line in sample.split(b"\n") if line.strip()]
     return lines[:-1] if len(sample) == SAMPLE and len(lines) > 1 else lines
 
