@@ -29,9 +29,9 @@ MEMORY_MB, HANGS_SECONDS = 2048, 20
 
 def read_mask(content: bytes, place: Path) -> None:
     """A mask that lies in a directory."""
-    from melayer.interventions.mask import MASK_FILE, WeMask
+    from melayer.interventions.mask import WeMask
 
-    (place / MASK_FILE).write_bytes(content)
+    (place / "melayer_mask.json").write_bytes(content)
     WeMask.load(place)
 
 
@@ -45,7 +45,7 @@ def read_state(content: bytes, place: Path) -> None:
 
 def read_index(content: bytes, place: Path) -> None:
     """The index of a checkpoint's shards."""
-    from melayer.loading.shards import INDEX, names_by_shard
+    from melayer.loading.files import INDEX, names_by_shard
 
     (place / INDEX).write_bytes(content)
     names_by_shard(place / INDEX)

@@ -8,8 +8,6 @@ import signal
 import subprocess
 from pathlib import Path
 
-import hostile_corpora
-import hostile_stores
 import numpy as np
 import pytest
 import torch
@@ -22,6 +20,7 @@ import toys
 from command import failing
 from command import run as melayer_command
 from damaged import damaged
+from hostile import corpora, stores
 from melayer.census import state as scan_state
 from melayer.census import worker
 from melayer.census.observe import SITES
@@ -366,14 +365,14 @@ def test_a_state_whose_parts_are_not_what_they_should_be(kept, tmp_path):
         scan_state.read(tmp_path, settings)
 
 
-@pytest.mark.parametrize("kind", hostile_stores.KINDS)
+@pytest.mark.parametrize("kind", stores.KINDS)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_what_others_put_there_stays(model, corpus, tmp_path, rank, kind):
-    hostile_stores.KINDS[kind](scan_state.path_of(tmp_path, rank))
-    before = hostile_stores.found(tmp_path)
+    stores.KINDS[kind](scan_state.path_of(tmp_path, rank))
+    before = stores.found(tmp_path)
     with pytest.raises(OutputError, match=rf"scan.{rank}.state (is|was not written by melayer)"):
         run(model, corpus, store=tmp_path, limit=3)
-    assert hostile_stores.found(tmp_path) == before
+    assert stores.found(tmp_path) == before
 
 
 def test_a_store_that_cannot_be_made_is_said(model, corpus, tmp_path):
@@ -678,11 +677,11 @@ def test_a_document_with_a_token_that_the_model_lacks_is_left_out(tmp_path):
     assert result.left_out[0].reason == "gives the token 64, and the model has tokens 0 to 63"
 
 
-@pytest.mark.parametrize("name", hostile_corpora.TEXTS)
+@pytest.mark.parametrize("name", corpora.TEXTS)
 def test_hostile_corpora(model, tmp_path, name):
     """Scanned to the end, or refused; what is left out is the same however often the scan was stopped."""
-    path = hostile_corpora.TEXTS[name](tmp_path)
-    good = hostile_corpora.GOOD[name]
+    path = corpora.TEXTS[name](tmp_path)
+    good = corpora.GOOD[name]
     options = {"sites": ["block_out"], "max_batch_tokens": 16, "truncate": True}
     if not good:
         with pytest.raises(InputError):

@@ -6,6 +6,7 @@ import hostile_checkpoints as hostile
 import pytest
 
 import toys
+from hostile import checkpoints as hostile
 from melayer.data import chat
 from melayer.errors import InputError
 

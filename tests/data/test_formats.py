@@ -4,11 +4,11 @@ import gzip
 import json
 import sys
 
-import hostile_corpora
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hostile import corpora
 from melayer.data.corpus import Corpus, Document
 from melayer.data.entries import MAX_BYTES, BadRowError, entries
 from melayer.data.formats import format_of
@@ -22,11 +22,11 @@ def texts_of(path, **options):
         return read_texts(path, **options), said
 
 
-@pytest.mark.parametrize("name", hostile_corpora.TEXTS)
+@pytest.mark.parametrize("name", corpora.TEXTS)
 def test_hostile_texts(name, tmp_path):
     """The same reader for a file and for a corpus: all that is good in it, or one sentence."""
-    path = hostile_corpora.TEXTS[name](tmp_path)
-    good = hostile_corpora.GOOD[name]
+    path = corpora.TEXTS[name](tmp_path)
+    good = corpora.GOOD[name]
     if good:
         texts, said = texts_of(path)
         assert len(texts) == good
@@ -50,9 +50,9 @@ def test_hostile_texts(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["json_lines_called_txt", "json_lines_without_a_suffix", "json_list_of_objects"])
 def test_json_is_not_measured_as_text(name, tmp_path):
-    path = hostile_corpora.TEXTS[name](tmp_path)
+    path = corpora.TEXTS[name](tmp_path)
     texts, (said,) = texts_of(path)
-    assert texts == hostile_corpora.texts()
+    assert texts == corpora.texts()
     column = "content" if "suffix" in name else "text"
     kind = "a JSON list" if "list" in name else "JSON lines"
     assert said == f"{path.name} is read as {kind}, its texts from the column '{column}'."
@@ -156,7 +156,7 @@ def test_what_needs_a_library_that_is_not_there_says_which(tmp_path, monkeypatch
     for name in ("parquet", "zstandard"):
         directory = tmp_path / name
         directory.mkdir()
-        path = hostile_corpora.TEXTS[name](directory)
+        path = corpora.TEXTS[name](directory)
         with monkeypatch.context() as without:
             without.setitem(sys.modules, "pyarrow", None)
             for read in (lambda path=path: read_texts(path), lambda path=path: Corpus(str(path)).check()):
@@ -169,7 +169,7 @@ def test_what_needs_a_library_that_is_not_there_says_which(tmp_path, monkeypatch
         Corpus("owner/name").check()
     # gzip is Python's own.
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert len(read_texts(hostile_corpora.TEXTS["gzip_called_txt"](tmp_path))) == 4
+    assert len(read_texts(corpora.TEXTS["gzip_called_txt"](tmp_path))) == 4
 
 
 def test_the_advice_on_encodings_works(tmp_path):
@@ -179,7 +179,7 @@ def test_the_advice_on_encodings_works(tmp_path):
     if shutil.which("iconv") is None:
         pytest.skip("iconv is not installed")
     for name, encoding in (("utf16_le_without_a_mark", "UTF-16LE"), ("utf16_be_without_a_mark", "UTF-16BE")):
-        path = hostile_corpora.TEXTS[name](tmp_path)
+        path = corpora.TEXTS[name](tmp_path)
         with pytest.raises(InputError, match=f"Convert it to UTF-8 first: iconv -f {encoding} -t UTF-8"):
             read_texts(path)
         done = subprocess.run(["iconv", "-f", encoding, "-t", "UTF-8", str(path)], capture_output=True, check=True)

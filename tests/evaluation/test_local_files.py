@@ -2,10 +2,10 @@
 
 import json
 
-import hostile_corpora
 import pytest
 
 import small_benchmarks
+from hostile import corpora
 from melayer.errors import InputError
 from melayer.evaluation.local_files import ALIASES, BENCHMARKS, NAMES, custom_dataset, read_splits, splits_by_task
 from melayer.evaluation.xstest import rows_of_the_hub
@@ -77,15 +77,15 @@ def test_the_hubs_rows_of_xstest_are_checked_in_the_same_way(monkeypatch):
         rows_of_the_hub()
 
 
-@pytest.mark.parametrize("name", hostile_corpora.BENCHMARKS)
+@pytest.mark.parametrize("name", corpora.BENCHMARKS)
 def test_hostile_rows_cost_themselves_alone(name, tmp_path):
     """What lm-eval is handed makes its task, whatever the file holds; and nothing good is lost."""
-    data = hostile_corpora.BENCHMARKS[name](tmp_path)
+    data = corpora.BENCHMARKS[name](tmp_path)
     whole = small_benchmarks.write(tmp_path / "good", n=4)
     for benchmark in NAMES:
         good = read_splits(benchmark, whole)
         assert good.notes == ()
-        if hostile_corpora.GOOD[name] == 0:
+        if corpora.GOOD[name] == 0:
             if (benchmark in ("gsm8k", "xstest", "wikitext2") and not name.startswith("xstest")) or name.startswith(
                 benchmark
             ):

@@ -15,6 +15,7 @@ from transformers import StaticCache
 
 import melayer
 import toys
+from hostile import masks
 from masked import ME, ROWS, TEXT, close, logits, mask_of, model_of, n_hooks, padded, state
 from melayer.errors import InputError, MelayerWarning, OutputError
 from melayer.interventions.mask import MadeFor, WeMask
@@ -481,9 +482,9 @@ def test_saved_and_loaded_is_the_same(tmp_path_factory, mask):
     assert [path.name for path in directory.iterdir()] == [MASK_FILE]
 
 
-@pytest.mark.parametrize("name", hostile_masks.MASKS)
+@pytest.mark.parametrize("name", masks.MASKS)
 def test_files_that_are_no_masks(name, tmp_path):
-    hostile_masks.MASKS[name](tmp_path / "m")
+    masks.MASKS[name](tmp_path / "m")
     with pytest.raises(InputError) as refused:
         WeMask.load(tmp_path / "m")
     said = str(refused.value)
@@ -493,22 +494,18 @@ def test_files_that_are_no_masks(name, tmp_path):
 
 
 def test_what_is_said_of_them(tmp_path):
-    (tmp_path / MASK_FILE).write_text(json.dumps(hostile_masks.mask()))
+    (tmp_path / MASK_FILE).write_text(json.dumps(masks.mask()))
     good = WeMask.load(tmp_path)
     assert (good.layers, good.me_layer) == ((4, 5), 3)
     cases = {
         "is no mask: Invalid JSON: .*Save it again with": "{",
         "is no mask: version: Field required. Save it again": json.dumps({"rate": 1}),
-        "has version 2, this melayer reads 1. Install a newer melayer": json.dumps(
-            hostile_masks.mask(version=2, colour=1)
-        ),
-        "colour: .*not permitted|unexpected": json.dumps(hostile_masks.mask(colour=1)),
-        "is corrupt: rate is 7.0; expected a share between 0 and 1.": json.dumps(hostile_masks.mask(rate=7)),
-        "rate: input should be a valid number, and 'much' stands there": json.dumps(hostile_masks.mask(rate="much")),
-        "dims: input should be a valid .*and '12' stands there": json.dumps(
-            hostile_masks.mask(selector="dims", dims="12")
-        ),
-        "layers has a number twice, or not in order": json.dumps(hostile_masks.mask(layers=[5, 5])),
+        "has version 2, this melayer reads 1. Install a newer melayer": json.dumps(masks.mask(version=2, colour=1)),
+        "colour: .*not permitted|unexpected": json.dumps(masks.mask(colour=1)),
+        "is corrupt: rate is 7.0; expected a share between 0 and 1.": json.dumps(masks.mask(rate=7)),
+        "rate: input should be a valid number, and 'much' stands there": json.dumps(masks.mask(rate="much")),
+        "dims: input should be a valid .*and '12' stands there": json.dumps(masks.mask(selector="dims", dims="12")),
+        "layers has a number twice, or not in order": json.dumps(masks.mask(layers=[5, 5])),
     }
     for message, text in cases.items():
         (tmp_path / MASK_FILE).write_text(text)
@@ -523,7 +520,7 @@ def test_what_is_said_of_them(tmp_path):
 
 
 def test_a_mask_of_the_first_version_has_no_by_layer(tmp_path):
-    values = {name: value for name, value in hostile_masks.mask().items() if name != "by_layer"}
+    values = {name: value for name, value in masks.mask().items() if name != "by_layer"}
     (tmp_path / MASK_FILE).write_text(json.dumps(values))
     assert WeMask.load(tmp_path).by_layer is None
 

@@ -13,6 +13,7 @@ import torch
 import melayer
 import toys
 from command import failing
+from hostile import checkpoints as hostile
 from melayer.errors import InputError, MelayerError, MelayerWarning, ModelError
 from melayer.loading import files
 from melayer.loading.checkpoint import weight_hashes

@@ -12,6 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 import melayer
 import toys
+from hostile import checkpoints as hostile
 from melayer.errors import ModelError
 from melayer.loading import hub
 from melayer.loading.checkpoint import weight_hashes

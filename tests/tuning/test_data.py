@@ -3,7 +3,6 @@
 import gzip
 import json
 
-import hostile_corpora
 import pytest
 from datasets import Dataset, load_dataset
 from hypothesis import given
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 import small_runs
 import toys
+from hostile import corpora
 from melayer.errors import InputError
 from melayer.tuning import data as training_data
 from melayer.tuning import rows as training_rows
@@ -321,10 +321,10 @@ def test_only_the_first_rows(plain):
 # --- rows that cannot be used -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", hostile_corpora.ROWS)
+@pytest.mark.parametrize("name", corpora.ROWS)
 def test_hostile_rows_cost_themselves_alone(name, plain, chat, tmp_path):
-    path = hostile_corpora.ROWS[name](tmp_path)
-    good = hostile_corpora.GOOD[name]
+    path = corpora.ROWS[name](tmp_path)
+    good = corpora.GOOD[name]
     tokenizer = chat if "messages" in name else plain
     if not good:
         with pytest.raises(InputError, match=r"cannot be read: it is a|No row of .* is left to train on"):

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,9 +17,6 @@ from melayer.interventions.at_work import AtWork, Call
 from melayer.interventions.positions import Positions, positions
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
-
-if TYPE_CHECKING:
-    from melayer.interventions.mask import WeMask
 
 Target = Literal["first", "massive"]
 
@@ -62,7 +59,7 @@ class _Masked(Call):
 class MaskAtWork(AtWork):
     """The hooks of a mask on a model."""
 
-    def __init__(self, edit: WeMask, masking: Masking, when: Callable[[], bool] | None = None) -> None:
+    def __init__(self, edit: Any, masking: Masking, when: Callable[[], bool] | None = None) -> None:
         """Not at work yet.
 
         Args:

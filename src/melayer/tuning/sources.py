@@ -126,7 +126,7 @@ def _of_the_hub(source: str) -> Dataset:
         f"{source} is not a file here, and cannot be had from the hub",
         "Check the name and the network, or give a file.",
     ):
-        found = load_dataset(source, split="train")
+        found = load_dataset(source, split="train", trust_remote_code=False)
     assert isinstance(found, Dataset)
     return found
 
