@@ -2,7 +2,6 @@
 
 import time
 
-import hostile_checkpoints as hostile
 import pytest
 
 import toys

@@ -5,7 +5,6 @@ import json
 import warnings
 from contextlib import nullcontext
 
-import hostile_masks
 import numpy as np
 import pytest
 import torch

@@ -6,7 +6,6 @@ import os
 import subprocess
 import warnings
 
-import hostile_checkpoints as hostile
 import pytest
 import torch
 

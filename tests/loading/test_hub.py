@@ -4,7 +4,6 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import hostile_checkpoints as hostile
 import huggingface_hub
 import pytest
 import torch
