@@ -83,6 +83,29 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path):
     )  # fmt: skip
 
 
+def test_marks_between_files_that_were_put_together(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\xef\xbb\xbf{"text": "two"}\n')
+    assert texts_of(path)[0] == ["one", "two"]
+
+
+def test_what_a_file_is_may_come_late_in_it(tmp_path):
+    path = tmp_path / "a"
+    for encoding in ("utf-8", "utf-16"):
+        path.write_bytes((" \n" * 100_000 + '{"text": "one"}\n').encode(encoding))
+        texts, said = texts_of(path)
+        assert texts == ["one"]
+        assert said[0].startswith("a is read as JSON lines")
+    path.write_bytes(b" \n" * 100_000)
+    with pytest.raises(InputError, match="is empty"):
+        read_texts(path)
+
+
+def test_a_corpus_without_a_name_is_none():
+    with pytest.raises(InputError, match="The corpus has an empty name"):
+        Corpus("").check()
+
+
 def test_a_table_is_known_by_its_name(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'text,kind\r\n"one, two\nthree",a\r\nfour\r\nfive,b,c\r\n')

@@ -11,6 +11,7 @@ import small_benchmarks
 import toys
 from melayer.errors import InputError, OutputError
 from melayer.evaluation.evaluate import evaluate
+from melayer.evaluation.harness import harness
 from melayer.evaluation.select import compare_runs, select
 from melayer.evaluation.store import FILE
 from melayer.evaluation.tasks import load_tasks
@@ -144,6 +145,14 @@ def test_a_whole_text_begins_as_the_tokenizer_begins_it(model, benchmarks, adds)
             text = task.doc_to_target(task.eval_docs[place])
             ids = [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]]
             assert answer["output"] == pytest.approx(nll_of(model, ids), rel=1e-5)
+
+
+def test_prompts_begin_once_also_where_only_some_bring_bos(model):
+    tokenizer = toys.beginning_tokenizer()
+    with harness(model, tokenizer, batch_size=2, max_length=None) as lm:
+        for texts in (["w4", "<s> w4"], ["<s> w4", "w4"], ["<s> w4", "<s> w4"], ["w4", "w4"]):
+            ids, mask = lm.tok_batch_encode(texts)
+            assert ids.tolist() == [[1, 7], [1, 7]], texts
 
 
 def test_a_whole_text_longer_than_the_model_is_scored_in_windows(model, tmp_path):

@@ -14,7 +14,7 @@ import typer
 
 from melayer.cli.parsing import check_numbers, memory_of
 from melayer.cli.session import session, what_is_kept
-from melayer.errors import InputError
+from melayer.errors import InputError, border
 
 if TYPE_CHECKING:
     from melayer.data.corpus import Corpus
@@ -104,6 +104,7 @@ class TextOptions:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of a measurement; whatever can be wrong with them is found before a model is loaded."""
+        from melayer.data.documents import require_characters
         from melayer.data.texts import builtin_texts
 
         texts: list[str] = list(self.text or [])
@@ -115,6 +116,8 @@ class TextOptions:
         for index, text in enumerate(texts):
             if not text.strip():
                 raise InputError(f"Text {index} is empty. Give texts with at least one word.")
+            with border(f"Text {index} cannot be read", "Give it as UTF-8."):
+                require_characters(text, "it")
         if not texts and self.limit is not None:
             texts = builtin_texts()
         return {"texts": texts[: self.limit] or None, "bos": self.bos, "max_batch_tokens": self.max_batch_tokens}

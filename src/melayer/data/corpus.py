@@ -145,6 +145,8 @@ class Corpus:
         return tuple(found)
 
     def _paths(self) -> list[Path]:
+        if not self.source.strip():
+            raise InputError("The corpus has an empty name. Give a file, a directory of them, a pattern or a hub id.")
         path = Path(self.source)
         if is_there(path) and path.is_dir():
             with border(f"The directory {shown(path)} cannot be read", "Check its rights."):

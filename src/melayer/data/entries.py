@@ -179,7 +179,8 @@ def _no_string(value: Any) -> Any:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        # Files that were put together have the marks of all of them.
+        return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError, MemoryError) as error:
         raise BadRowError(_why(error)) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -85,16 +85,27 @@ def format_of(path: Path, *, whole: bool = False) -> Format | None:
         return Format("parquet")
     _require_text(beginning, name)
     encoding = encoding_of(beginning, name)
-    decoded = as_utf8(io.BytesIO(beginning), encoding).read()
-    lines = [line for line in decoded.split(b"\n") if line.strip()]
-    if len(beginning) == SAMPLE and len(lines) > 1:
-        lines.pop()  # it goes on behind the sample
-    if not lines and len(beginning) < SAMPLE:
+    lines = _first_lines(path, encoding, name)
+    if not lines:
         return None
-    if whole or not lines:
+    if whole:
         return Format("text", encoding, compressed=compressed)
     kind, strings = _kind(lines, path, name)
     return Format(kind, encoding, strings, compressed)
+
+
+def _first_lines(path: Path, encoding: Encoding, name: str) -> list[bytes]:
+    """The first lines of a file that are not blank, in UTF-8, as far as a sample goes; the last one may be cut off."""
+    with (
+        border(f"{name} cannot be read to its end", "Copy or download it again."),
+        opened(path) as raw,
+        as_utf8(raw, encoding) as file,
+    ):
+        sample = file.read(SAMPLE)
+        while len(sample) == SAMPLE and not sample.strip():
+            sample = file.read(SAMPLE)
+    lines = [line.removeprefix(codecs.BOM_UTF8) for line in sample.split(b"\n") if line.strip()]
+    return lines[:-1] if len(sample) == SAMPLE and len(lines) > 1 else lines
 
 
 def is_table_by_name(path: Path) -> bool:

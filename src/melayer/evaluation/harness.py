@@ -107,6 +107,14 @@ def harness(
                 continue_final_message=not add_generation_prompt,
             )
 
+        def tok_batch_encode(self, strings: Any, *given: Any, **options: Any) -> Any:
+            """As lm-eval's, which looks at the first prompt alone to tell whether they bring BOS themselves."""
+            bos = str(self.tokenizer.bos_token)
+            brings = [text.startswith(bos) for text in strings] if adds_bos else [False]
+            if any(brings) and not all(brings):
+                strings = [text.removeprefix(bos) for text in strings]
+            return super().tok_batch_encode(strings, *given, **options)
+
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """The log-likelihood of whole texts, each from its own first token on.
 
@@ -127,6 +135,7 @@ def harness(
             return totals
 
     beginning = Ids.of(tokenizer, bos)
+    adds_bos = Affixes.of(tokenizer).adds_bos(tokenizer)
     training = model.training
     try:
         with quiet():
