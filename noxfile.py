@@ -13,6 +13,7 @@ torch is the build that uv's settings lead to: by default PyPI's, on Linux with 
 """
 
 import os
+import tomllib
 from pathlib import Path
 
 import nox
@@ -26,6 +27,9 @@ RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
 COMPILED = ["numpy", "pyyaml", "safetensors", "scipy", "statsmodels", "torch"]
 DEMO = "tools/demo-requirements.txt"
 RECORDS = Path("results", "versions")
+# Named beside the package too: uv takes what a package's extra asks of another of its extras for no direct dependency.
+EXTRAS = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+DIRECT = [requirement for name in ("eval", "tune") for requirement in EXTRAS[name]]
 
 # pyenv's commands answer only for versions that are switched on: all that are installed.
 pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
@@ -37,7 +41,7 @@ os.environ.setdefault("PYENV_VERSION", ":".join(sorted(path.name for path in pye
 def tests(session: nox.Session, dependencies: str) -> None:
     """The tests, and a record of the versions and of what passed; fails where a test failed."""
     wheels = [f"--only-binary={name}" for name in COMPILED]
-    session.install(f"--resolution={RESOLUTIONS[dependencies]}", *wheels, ".[test]")
+    session.install(f"--resolution={RESOLUTIONS[dependencies]}", *wheels, ".[test]", *DIRECT)
     session.install("--no-deps", "--requirement", DEMO)
     junit = Path(session.create_tmp(), "junit.xml")
     junit.unlink(missing_ok=True)
