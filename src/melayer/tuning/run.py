@@ -23,6 +23,7 @@ from melayer.model.subject import Subject
 from melayer.tuning import checkpoints, run_directory
 from melayer.tuning.checkpoints import Checkpoint
 from melayer.tuning.config import quiet
+from melayer.tuning.cut_off import cut_off_notes
 from melayer.tuning.data import RowOptions
 from melayer.tuning.job import TrainingJob
 from melayer.tuning.plan import Plan, planned
@@ -81,7 +82,7 @@ def run(
         seconds=round(time.monotonic() - started, 3),
         settings=plan.settings,
         versions=_versions(),
-        notes=(*plan.notes, *notes),
+        notes=(*plan.notes, *notes, *cut_off_notes(history, getattr(plan.config, "max_completion_length", None))),
     )
     if plan.config.process_index == 0:
         run_directory.record(job.out, {"status": "finished", **result.to_dict()})
