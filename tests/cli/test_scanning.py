@@ -141,7 +141,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
     tracemalloc.start()
     try:
-        scan(model, tokenizer, str(path), max_batch_tokens=512, store=tmp_path, checkpoint_seconds=1, progress=look)
+        scan(model, tokenizer, str(path), max_batch_tokens=512, store=tmp_path, checkpoint_seconds=0, progress=look)
     finally:
         tracemalloc.stop()
     (tensors, objects, traced, resident), last = seen

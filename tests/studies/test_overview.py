@@ -14,6 +14,7 @@ import small_benchmarks
 import toys
 from melayer.errors import InputError
 from melayer.evaluation.report import write_eval_report
+from melayer.runs import jsonl
 from melayer.studies.overview import write_report
 
 EVIL = ["<script>alert(1)</script>", "</script>", "<b>bold</b>", "&lt;", "\"'>", "{{7*7}}"]
@@ -65,12 +66,12 @@ def eval_page(tmp_path_factory):
     variants = {"plain": None, EVIL[0]: melayer.WeMask(rate=1, layers=range(4, 8))}
     asked = {"max_length": 512, "store": store}
     melayer.evaluate(model, toys.tokenizer(), benchmarks, variants, **asked)
-    lines = [json.loads(line) for line in (store / "eval.jsonl").read_text().splitlines()]
+    lines = jsonl.read(store / "eval.jsonl", "", "").values
     for line in lines[1:]:
         if (line["item"], line["variant"]) in {("gsm8k/0", EVIL[0]), ("gsm8k/1", "plain")}:
             line["output"] = EVIL[0]
             line["scores"]["exact_match,flexible-extract"] = [1.0, 1.0]
-    (store / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    jsonl.replace(store / "eval.jsonl", lines)
     result = melayer.evaluate(model, toys.tokenizer(), benchmarks, variants, **asked)
     return write_eval_report(result, tmp_path_factory.mktemp("report"), command="melayer eval '<script>'").html
 

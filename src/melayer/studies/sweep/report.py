@@ -253,7 +253,7 @@ def _difference(result: SweepResult, point: SweepPoint) -> list[str]:
     if point.selector is None:
         return [ABSENT] * 4
     if by is None:
-        return [change, *[ABSENT] * 3]
+        return [change(result.change(point)), *[ABSENT] * 3]
     low, high = result.change_interval(point) or (None, None)
     return [change(result.change(point)), _ends(low, high, "+.1%"), f"{by.value:+.4f}", _ends(by.low, by.high, "+.4f")]
 
