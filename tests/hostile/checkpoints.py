@@ -388,6 +388,16 @@ def _shard(place: Path) -> str:
     return str(directory)
 
 
+@hostile("a-weight-in-two-shards")
+def _twice(place: Path) -> str:
+    directory = healthy(place / "m", shards=True)
+    first, second = sorted(directory.glob("*-of-*"))[:2]
+    held, other = load_file(first), load_file(second)
+    name = next(iter(other))
+    save_file(held | {name: torch.zeros_like(other[name])}, first, metadata={"format": "pt"})
+    return str(directory)
+
+
 def _index_of(place: Path, text: str) -> str:
     directory = healthy(place / "m", leave_out=("model.safetensors",))
     (directory / "model.safetensors.index.json").write_text(text)
