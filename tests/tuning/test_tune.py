@@ -252,3 +252,39 @@ def test_the_demo_model_learns_under_the_mask(demo, tmp_path):
     with pytest.warns(MelayerWarning, match="is applied"):
         loaded = melayer.load(str(tmp_path))
     assert loaded.mask.by_layer == mask.fixed(demo.model).by_layer
+
+
+REFUSED = {
+    "learning rate": (["--learning-rate", "-1"], "The option learning_rate is -1.0; expected 0 or more"),
+    "seed": (["--seed", str(2**64)], "The option seed is 18446744073709551616; expected a whole number from 0"),
+    "rank": (["--lora", "--lora-targets", "nowhere"], "The trainer refuses this: "),
+    "config": (["--config", "{config}"], "The option trust_remote_code cannot be set in the config"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_after_a_command_that_is_refused_the_corrected_one_runs_in_the_same_place(name, base, files, tmp_path):
+    options, said = REFUSED[name]
+    (tmp_path / "c.yaml").write_text("trust_remote_code: true\n")
+    options = [str(option).format(config=tmp_path / "c.yaml") for option in options]
+    common = ["tune", "sft", base, "--data", files["sft"], "--out", tmp_path / "out"]
+    refused = run(*common, *QUICK[:2], *options)
+    assert refused.exit_code == 2
+    assert said in " ".join(refused.stderr.split())
+    assert refused.stdout == ""
+    assert not (tmp_path / "out").exists()
+    done = run(*common, *QUICK)
+    assert done.exit_code == 0, done.output
+
+
+def test_somebodys_card_is_left_alone_and_ours_says_what_loads_it(tuned, base, files, tmp_path):
+    text = (tuned[0] / "README.md").read_text()
+    assert "It was trained under the mask (SFT, `melayer tune`)." in text
+    assert "`AutoModelForCausalLM.from_pretrained` loads the weights without the mask" in text
+    assert "melayer.load(" in (tuned[0] / "checkpoint-2" / "README.md").read_text()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    done = run("tune", "sft", base, "--data", files["sft"], "--out", tmp_path / "out", *QUICK, "--mask-rate", 0.5,
+               "--text", toys.text(20, x_at=0))  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
