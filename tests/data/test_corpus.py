@@ -169,7 +169,8 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
 
     asked = []
 
-    def load_dataset(name, split, streaming):
+    def load_dataset(name, split, streaming, trust_remote_code):
+        assert trust_remote_code is False
         asked.append((name, split, streaming))
         return iter([{"text": "one"}, {"text": None}, {"text": "three"}])
 
@@ -199,7 +200,7 @@ def test_a_stream_of_datasets_itself(tmp_path, monkeypatch):
     original = datasets.load_dataset
     files = [str(tmp_path / f"{shard}.jsonl") for shard in range(2)]
 
-    def of_files(name, split, streaming):
+    def of_files(name, split, streaming, trust_remote_code):
         assert (name, split) == ("owner/name", "test")
         return original("json", data_files={"test": files}, split=split, streaming=streaming)
 

@@ -68,11 +68,11 @@ def test_the_hubs_rows_of_xstest_are_checked_in_the_same_way(monkeypatch):
     rows = [
         {"id": place, "prompt": f"w{place} ?", "label": label} for place, label in enumerate(["safe", "odd", "unsafe"])
     ]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: rows)
     found = rows_of_the_hub()
     assert [row["label"] for row in found.splits["test"]] == ["safe", "unsafe"]
     assert found.notes == ("1 row is left out of XSTest: row 2: its label is 'odd'; expected safe or unsafe.",)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows[1:2])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: rows[1:2])
     with pytest.raises(InputError, match="has no row with a label that is known. 1 row is left out of XSTest"):
         rows_of_the_hub()
 
