@@ -2,6 +2,8 @@
 
 import hostile_stores
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from melayer.errors import OutputError
 from melayer.runs import atomic, ours
@@ -35,6 +37,21 @@ def test_ours(tmp_path, name):
     ours.require([path])
     atomic.write_text(path, "new")
     assert path.read_text() == "new"
+
+
+def test_tensors(tmp_path):
+    path = tmp_path / "scales.safetensors"
+    save_file({"x": torch.zeros(2)}, path, metadata={"melayer_version": "0.1.0"})
+    ours.require([path])
+    path.write_text('{"melayer_version": "0.1.0"}')
+    with pytest.raises(OutputError, match="was not written by melayer"):
+        ours.require([path])
+    save_file({"x": torch.zeros(2)}, path, metadata={"format": "pt"})
+    with pytest.raises(OutputError, match="was not written by melayer"):
+        ours.require([path])
+    # As the first version left them.
+    path.with_suffix(".json").write_text(OURS["scales.json"])
+    ours.require([path])
 
 
 @pytest.mark.parametrize("name", OTHERS)
