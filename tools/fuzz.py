@@ -43,6 +43,20 @@ def read_state(content: bytes, place: Path) -> None:
     state.read(place, SETTINGS)  # type: ignore[arg-type]
 
 
+def read_about(content: bytes, place: Path) -> None:
+    """What a scan's state says of itself, in a file that is whole otherwise: its checksums let nothing else through."""
+    import io
+
+    import numpy as np
+
+    from melayer.census import state
+
+    file = io.BytesIO()
+    np.savez(file, about=np.frombuffer(content, np.uint8))
+    state.path_of(place, 0).write_bytes(file.getvalue())
+    state.read(place, SETTINGS)  # type: ignore[arg-type]
+
+
 def read_index(content: bytes, place: Path) -> None:
     """The index of a checkpoint's shards."""
     from melayer.loading.files import INDEX, names_by_shard
@@ -62,6 +76,7 @@ def read_gguf(content: bytes, place: Path) -> None:
 TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "mask": read_mask,
     "state": read_state,
+    "about": read_about,
     "index": read_index,
     "gguf": read_gguf,
 }

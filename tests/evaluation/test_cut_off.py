@@ -163,6 +163,8 @@ def test_answers_of_an_older_version_are_not_known(run, tmp_path):
     for row in rows[: len(rows) // 2]:
         del row["cut"], row["failed"]
     lines = [head, *rows]
+    for line in lines:  # nor had its lines checksums
+        del line["crc32"]
     (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = compare_runs(run.where, tmp_path)
     older = [score for score in found.scores if score.variant.endswith(f"({tmp_path})") and score.task == "xstest"]

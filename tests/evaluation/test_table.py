@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import hand_made
+import stored_answers
 from melayer.evaluation.select import compare_runs
 from melayer.evaluation.store import FILE
 from melayer.evaluation.table import show_eval
@@ -73,8 +74,7 @@ def test_the_chat_template_and_stored_runs_are_said():
 
 def test_long_names_of_stored_runs_take_no_number_from_a_comparison(tmp_path):
     metric = {"exact_match,flexible-extract": {"kind": "mean", "higher_is_better": True, "primary": True}}
-    about = {"metrics": metric, "generation": None, "lm_eval_tasks": {}, "data_sha256": {}, "cite": "", "limit": None}
-    settings = {"shared": {"model": {"name": "m"}}, "tasks": {"gsm8k": about}, "variants": {"saved mask": None}}
+    settings = stored_answers.settings({"gsm8k": metric}, ["saved mask"])
     for where, right in (("a-long-name-of-a-run", 11), ("another-long-name-of-a-run", 34)):
         (tmp_path / where).mkdir()
         rows = [

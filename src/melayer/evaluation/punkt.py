@@ -40,7 +40,7 @@ def provide_punkt() -> None:
         _LAST: [f"{word}\t{flags}" for word, flags in sorted(english.ORTHO_CONTEXT.items())],
     }
     try:
-        with atomic.staged(target, last=_LAST) as staged:
+        with atomic.staged(target, last=_LAST, own=True) as staged:
             for name, lines in files.items():
                 (staged / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
