@@ -5,6 +5,7 @@ Names and tokens are hostile: what a page or a terminal could take for markup.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -208,6 +209,7 @@ def sunk(**changes: Any) -> SinksResult:
 
 
 def _point(selector: str | None, rate: float, perplexity: float, sinks: float, cosine: float | None) -> SweepPoint:
+    nll = 15 * math.log(perplexity)
     return SweepPoint(
         selector=selector,
         rate=rate,
@@ -223,6 +225,9 @@ def _point(selector: str | None, rate: float, perplexity: float, sinks: float, c
         rank_attn_in_without=5.5,
         rank_block_out=None,
         rank_block_out_without=None,
+        perplexity_low=0.9 * perplexity,
+        perplexity_high=1.125 * perplexity,
+        nll_by_sequence=tuple(nll + step * sinks for step in (-3.0, -1.0, 1.0, 3.0)),
     )
 
 

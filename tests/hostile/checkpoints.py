@@ -388,6 +388,16 @@ def _shard(place: Path) -> str:
     return str(directory)
 
 
+@hostile("a-weight-in-two-shards")
+def _twice(place: Path) -> str:
+    directory = healthy(place / "m", shards=True)
+    first, second = sorted(directory.glob("*-of-*"))[:2]
+    held, other = load_file(first), load_file(second)
+    name = next(iter(other))
+    save_file(held | {name: torch.zeros_like(other[name])}, first, metadata={"format": "pt"})
+    return str(directory)
+
+
 def _index_of(place: Path, text: str) -> str:
     directory = healthy(place / "m", leave_out=("model.safetensors",))
     (directory / "model.safetensors.index.json").write_text(text)
@@ -595,7 +605,7 @@ TEMPLATES = {
     "template-recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "template-for-ever": "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
     "template-huge": "{% for a in range(90000) %}{% for b in range(90000) %}xxxxxxxx{% endfor %}{% endfor %}",
-    "template-power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "template-power": "{{ 9 ** (9 ** 9) }}",
     "template-product": "{{ messages[0].content * 10 ** 12 }}",
     "template-escapes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "template-empty-text": "{% if messages %}{% endif %}",

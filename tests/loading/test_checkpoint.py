@@ -13,7 +13,7 @@ from transformers import (
 
 import melayer
 import toys
-from melayer.errors import ModelError
+from melayer.errors import InputError, ModelError
 from melayer.loading import checkpoint
 
 IDS = torch.tensor([[5, 9, toys.X, 12, 7]])
@@ -210,7 +210,7 @@ def test_a_map_of_devices_that_is_none(toy_directory, tmp_path):
             "auto",
             (("nonsense", "1GiB"),),
             None,
-        ): "max_memory names the device 'nonsense', and here there are .*cpu, disk",
+        ): "max_memory names the device 'nonsense', and here there .*cpu, disk",
         ("auto", None, str(tmp_path / "file")): "The offload folder .* cannot be used: it is no directory. Give a dir",
     }.items():
         device_map, memory, folder = options
@@ -234,3 +234,35 @@ def test_an_unforeseen_error_is_one_sentence(toy_directory, monkeypatch):
         monkeypatch.setattr(checkpoint.files, "headers", raising)
         with pytest.raises(ModelError, match="cannot be loaded: .* Check that it is whole"):
             melayer.load(str(toy_directory))
+
+
+def test_a_path_is_a_name_too(toy_directory):
+    assert melayer.load(toy_directory).model.config.num_hidden_layers == 8
+    for other in (3, None, b"demo", ["demo"]):
+        with pytest.raises(InputError, match=r"The model is .*; expected its name or its path"):
+            melayer.load(other)
+        with pytest.raises(InputError, match=r"The model is .*; expected its name or its path"):
+            melayer.locate_frugal(other)
+
+
+def test_a_revision_of_what_is_not_on_the_hub(toy_directory):
+    for load in (melayer.load, melayer.locate_frugal):
+        with pytest.raises(
+            ModelError, match="The revision 'main' was given, but nothing is taken from the hub. Leave it"
+        ):
+            load(str(toy_directory), revision="main")
+
+
+def test_a_tokenizer_that_does_not_know_every_word(toy_directory, tmp_path):
+    """Some research vocabularies have no unknown token; what they know is measured."""
+    copy = copy_of(toy_directory, tmp_path / "m")
+    values = json.loads((copy / "tokenizer.json").read_text())
+    values["model"]["unk_token"] = "<none>"
+    (copy / "tokenizer.json").write_text(json.dumps(values))
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config.pop("unk_token")
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    model, tokenizer, _ = melayer.load(str(copy))
+    with pytest.raises(Exception, match="Missing"):
+        tokenizer("unknown")
+    assert melayer.locate(model, tokenizer, texts=[toys.text(20, x_at=4)]).me_layer == 3

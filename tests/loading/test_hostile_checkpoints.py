@@ -236,6 +236,7 @@ def test_tied_weights_are_not_missing(place):
         ("gguf-blocks-huge", "says that the model has 10,000,000 blocks, and holds 39 tensors"),
         ("index-leads-up", "names '../outside/weights.safetensors' as a file of weights, which is no file below"),
         ("weights-are-a-link", "leads out of the model's directory, to .*outside/weights.safetensors"),
+        ("a-weight-in-two-shards", "holds .*, which another of its files holds too"),
         ("fifo-tokenizer.json", "tokenizer.json is no plain file, so it cannot be read"),
         ("name-long", "There is no model 'a{120}…': File name too long"),
         ("name-no-such-user", "There is no model '~nosuchuser': Could not determine home directory"),

@@ -98,15 +98,13 @@ def test_other_weights_are_another_model():
 @pytest.mark.parametrize("measure", ["locate", "explain", "rigidity", "sinks", "answers", "quant_check", "sweep"])
 def test_under_autocast_nothing_is_measured_and_the_advice_works(measure, tokenizer):
     model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
-    more = {"sinks": {"length": 16}, "answers": {"mask": mask_of(rate=0.5)}}.get(measure, {})
+    more = {"sinks": {"T": 16}, "answers": {"mask": mask_of(rate=0.5)}}.get(measure, {})
     given = ["X w1"] if measure == "answers" else {"texts": [toys.text(40, x_at=0)]}
     positional = [given] if measure == "answers" else []
     named = {} if measure == "answers" else given
     call = functools.partial(getattr(melayer, measure), model, tokenizer, *positional, **named, **more)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(
-            InputError, match=r"Autocast is on: on cpu the model would compute in bfloat16.* enabled=Fa"
-        ):
+        with pytest.raises(InputError, match=r"Autocast is on: on cpu the model would compute in bfloat16"):
             call()
         if measure == "sinks":
             with torch.autocast("cpu", enabled=False):
@@ -130,9 +128,7 @@ def test_a_token_that_the_embedding_does_not_know_is_said_before_anything_runs(t
     subject.rows(["w1 w2 w3"])
     calls = n_calls(model)
     for ask in (lambda: subject.rows(["w1 X"]), lambda: subject.windows([toys.text(20, x_at=3)], 8)):
-        with pytest.raises(
-            InputError, match=r"Token id \d+ was given to LlamaForCausalLM, whose embedding has 40 rows"
-        ):
+        with pytest.raises(InputError, match=r"Token id \d+ was given to LlamaForCausalLM, whose .* 40 rows"):
             ask()
     assert calls == []
 

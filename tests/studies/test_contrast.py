@@ -62,7 +62,7 @@ def test_gone(before):
 
 def test_it_is_what_the_measurements_say(before):
     model, tokenizer = toys.plant(toys.make("llama"), [(3, 7, 3000.0)]), toys.tokenizer()
-    located = melayer.locate(model, tokenizer, texts=TEXTS, name="<b>before")
+    located = melayer.locate(model, tokenizer, texts=TEXTS, name="<b>before", other_first_tokens=False)
     rigid = melayer.rigidity(model, tokenizer, texts=TEXTS, n_first_tokens=8, name="<b>before")
     drawn = melayer.sinks(model, tokenizer, texts=TEXTS, T=16, name="<b>before")
     assert before.to_dict() == {

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,6 +14,7 @@ import small_benchmarks
 import toys
 from melayer.errors import InputError
 from melayer.evaluation.report import write_eval_report
+from melayer.runs import jsonl
 from melayer.studies.overview import write_report
 
 EVIL = ["<script>alert(1)</script>", "</script>", "<b>bold</b>", "&lt;", "\"'>", "{{7*7}}"]
@@ -64,12 +66,12 @@ def eval_page(tmp_path_factory):
     variants = {"plain": None, EVIL[0]: melayer.WeMask(rate=1, layers=range(4, 8))}
     asked = {"max_length": 512, "store": store}
     melayer.evaluate(model, toys.tokenizer(), benchmarks, variants, **asked)
-    lines = [json.loads(line) for line in (store / "eval.jsonl").read_text().splitlines()]
+    lines = jsonl.read(store / "eval.jsonl", "", "").values
     for line in lines[1:]:
         if (line["item"], line["variant"]) in {("gsm8k/0", EVIL[0]), ("gsm8k/1", "plain")}:
             line["output"] = EVIL[0]
             line["scores"]["exact_match,flexible-extract"] = [1.0, 1.0]
-    (store / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    jsonl.replace(store / "eval.jsonl", lines)
     result = melayer.evaluate(model, toys.tokenizer(), benchmarks, variants, **asked)
     return write_eval_report(result, tmp_path_factory.mktemp("report"), command="melayer eval '<script>'").html
 
@@ -254,3 +256,16 @@ def test_the_problem_listener_can_fail(chromium, tmp_path):
     _, problems = opened(chromium, bad)
     assert any("localhost:9" in problem for problem in problems)
     assert any("undefined" in problem for problem in problems)
+
+
+def test_the_page_of_a_sweep_over_the_built_in_texts_says_that_they_are(tmp_path):
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    with torch.no_grad():  # BOS becomes massive, whatever the text
+        embedding = model.get_input_embeddings().weight
+        embedding[:, toys.LISTEN] = 0.0
+        embedding[1, toys.LISTEN] = 20.0
+    options = {"bos": True, "rates": [0], "selectors": ["random"], "T": 16}
+    result = melayer.sweep(model, toys.tokenizer(), **options)
+    assert result.settings["texts"] == result.located.settings["texts"] == "built-in"
+    written = melayer.write_report(result.located, tmp_path, sweep=result)
+    assert "<td>built-in: 8 texts, " in written.html.read_text(encoding="utf-8")

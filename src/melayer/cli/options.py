@@ -44,6 +44,14 @@ MaxTokens = Annotated[
     typer.Option(help="Tokens kept of each text; default 512, or the model's positions.", rich_help_panel=_TEXTS),
 ]
 MaxListed = Annotated[int, typer.Option(min=1, help="Massive scalars listed a text and block.")]
+OtherFirstTokens = Annotated[
+    bool,
+    typer.Option(
+        "--other-first-tokens/--no-other-first-tokens",
+        help="Look at a few short texts without BOS, with it, and with the chat template's first token.",
+        rich_help_panel=_TEXTS,
+    ),
+]
 Epsilon = Annotated[float, typer.Option(help="A head is a sink head where a key draws more than this.")]
 FirstTokens = Annotated[int, typer.Option(help="Different first tokens to compare.")]
 MaskRate = Annotated[float, typer.Option("--mask-rate", help="The share of the dimensions to mask.")]

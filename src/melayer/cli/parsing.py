@@ -18,6 +18,8 @@ LARGEST_SEED = 2**32 - 1
 """What every source of random numbers takes: numpy's older one no more."""
 LARGEST = 2**31 - 1
 """Of any other number of things."""
+LARGEST_SIZE = 3.4e38
+"""What float32 holds, which activations are compared in."""
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:
@@ -28,8 +30,8 @@ def check_numbers(values: Mapping[str, Any]) -> None:
     """
     for name, value in values.items():
         option = f"--{name.replace('_', '-')}"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{option} is {value}; expected a finite number.")
+        if isinstance(value, float) and not abs(value) <= LARGEST_SIZE:  # NaN is not, either
+            raise InputError(f"{option} is {value}; expected a finite number, and at most {LARGEST_SIZE:g}.")
         if isinstance(value, int) and not isinstance(value, bool):
             largest = LARGEST_SEED if name == "seed" else LARGEST
             if not -largest <= value <= largest:

@@ -26,7 +26,7 @@ def watched(lm: Any) -> Iterator[dict[str, deque[bool]]]:
     waiting: deque[bool] = deque()
     generate, hook = lm._model_generate, lm.cache_hook
     config = lm.model.generation_config
-    ends = _ends(config.eos_token_id) | _ends(lm.eot_token_id)
+    ends = end_tokens(config.eos_token_id, lm.eot_token_id)
     kept = config.max_new_tokens
 
     def watching(context: Any, max_length: int, stop: Sequence[str], **options: Any) -> Any:
@@ -58,18 +58,15 @@ class _Hook:
             self.by_prompt[request[0]].append(self.waiting.popleft())
 
 
-def ended(ids: Sequence[int], ends: frozenset[int]) -> bool:
-    """Whether one of the tokens that end an answer is among these."""
-    return not ends.isdisjoint(ids)
+def end_tokens(*ids: int | Sequence[int] | None) -> frozenset[int]:
+    """The tokens that end an answer, of what a configuration calls `eos_token_id`: one, several or none."""
+    each = (() if one is None else [one] if isinstance(one, int) else one for one in ids)
+    return frozenset(token for tokens in each for token in tokens)
 
 
 def _cut(lm: Any, row: Sequence[int], limit: int, stop: Sequence[str], ends: frozenset[int]) -> bool:
     """Of one row as it was generated, padding behind its end included."""
-    if len(row) < limit or ended(row, ends):
+    if len(row) < limit or not ends.isdisjoint(row):
         return False
     texts = [lm.tok_decode(row, skip_special_tokens=special) for special in (False, True)]
     return not any(term and term in text for term in stop for text in texts)
-
-
-def _ends(ids: int | Sequence[int] | None) -> frozenset[int]:
-    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)

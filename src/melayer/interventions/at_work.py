@@ -135,7 +135,7 @@ class AtWork:
                 "checkpoints the blocks."
             )
         call.foreign = True
-        around.register_prehook(partial(_gradients_begin, call))  # type: ignore[attr-defined]
+        hooks.before_gradients(around, partial(_gradients_begin, call))
 
     def _acts(self, module: nn.Module) -> bool:
         if hooks.paused(module):
@@ -160,7 +160,7 @@ class AtWork:
         if running.call.foreign:
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
-                    tensor.grad_fn.register_prehook(partial(_gradients_begin, running.call))
+                    hooks.before_gradients(tensor.grad_fn, partial(_gradients_begin, running.call))
 
     def part_of(self, layer: int) -> Call | None:
         """The call that a block runs in, if the edit acts in it.

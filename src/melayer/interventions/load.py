@@ -16,8 +16,8 @@ from melayer.loading import adapters, files
 from melayer.loading.checkpoint import check_directory, read_model
 from melayer.loading.config import read_config
 from melayer.loading.devices import DTypeName, device_of, dtype_of, placement
-from melayer.loading.reading import require_said, shown
-from melayer.loading.source import MASK_FILE, Source, find
+from melayer.loading.reading import named, require_said, shown
+from melayer.loading.source import MASK_FILE, Source, find, require_revision_used
 from melayer.loading.tokenizer import read_tokenizer
 from melayer.model.provenance import fingerprint
 
@@ -80,6 +80,7 @@ def load(  # noqa: PLR0913 - what there is to say about how a model is loaded
         >>> model, tokenizer, mask = melayer.load("demo")  # doctest: +SKIP
     """
     require_said(trust_remote_code)
+    name = named(name)
     spread = placement(device_map, max_memory, offload_folder)
     place = _Place(dtype_of(dtype), None if spread else device_of(device), spread)
     trust = _Trust(allow_pickle, trust_remote_code)
@@ -118,6 +119,7 @@ class _Chained(NamedTuple):
 def _resolved(name: str, base: str | None, revision: str | None, trust: _Trust) -> tuple[Source, list[_Chained]]:
     """The whole model that a name leads to, and the adapters on the way, the outermost first."""
     chain: list[_Chained] = []
+    asked = revision
     source = find(name, revision=revision, allow_pickle=trust.allow_pickle)
     while (adapter := adapters.find(source.directory)) is not None:
         here = [link.adapter.directory.resolve() for link in chain]
@@ -138,6 +140,7 @@ def _resolved(name: str, base: str | None, revision: str | None, trust: _Trust) 
         revision = adapter.revision if source.from_hub else revision or adapter.revision
         with _base_of(source.name, of):
             source = find(of, revision=revision, allow_pickle=trust.allow_pickle)
+    require_revision_used(asked, [source, *(link.source for link in chain)])
     if base is not None and not chain:
         raise ModelError(f"A base was given ({base}), but {name} is no directory with an adapter. Leave it out.")
     return source, chain

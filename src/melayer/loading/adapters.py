@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 RUN_FILE = "melayer_tune.json"
 """What a training run says of itself, in its directory."""
 
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _MEND = "Download or copy the adapter again."
 
 
@@ -77,8 +79,9 @@ def find(directory: str | Path) -> Adapter | None:
             return None
         require_own(directory)
         whole = [file for file in (SINGLE, INDEX, PICKLE, PICKLE_INDEX) if (directory / file).is_file()]
-        # A checkpoint of a run has the run's own record above it.
-        places = (directory / RUN_FILE, directory.resolve().parent / RUN_FILE)
+        # A checkpoint of a run has the run's own record above it; nothing else above a directory is looked at.
+        real = directory.resolve()
+        places = [real / RUN_FILE, *([real.parent / RUN_FILE] if _CHECKPOINT.fullmatch(real.name) else [])]
         record = next((place for place in places if place.is_file()), None)
     if (directory / CONFIG).is_file() and whole:
         raise ModelError(

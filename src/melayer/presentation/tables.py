@@ -16,7 +16,7 @@ ABSENT = "-"
 """Stands at a terminal where there is no number."""
 
 # The columns that give way where the terminal is narrow.
-WRAPPED = frozenset({"begins", "metric", "variant"})
+WRAPPED = frozenset({"begins", "metric", "variant", "what it is"})
 
 number = partial(numbers.number, absent=ABSENT)
 percent = partial(numbers.percent, absent=ABSENT)

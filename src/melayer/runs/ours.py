@@ -26,6 +26,7 @@ _LOG = re.compile(rb'\{"[a-z_]+_of": \{')
 _PAGE = re.compile(
     rb'<!doctype html>.{0,600}?(<meta name="generator" content="melayer|<title>Massive activations of )', re.DOTALL
 )
+_TENSORS = re.compile(rb'.{8}\{"__metadata__":\{[^{}]*"melayer_version":"', re.DOTALL)
 _CARD = re.compile(rb"---\n.{0,600}?<!-- Written by melayer", re.DOTALL)
 
 
@@ -68,7 +69,7 @@ def written_by_melayer(path: Path) -> bool:
     if path.suffix == ".safetensors":
         # Those of the first version do not say it themselves; the record beside them does.
         record = path.with_suffix(".json")
-        return b'"melayer_version"' in head or (is_file(record) and written_by_melayer(record))
+        return _TENSORS.match(head) is not None or (is_file(record) and written_by_melayer(record))
     if head.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:

@@ -79,6 +79,19 @@ def content_of(path: Path, said: str, todo: str, error: type[MelayerError] = Inp
         raise error(f"{said}: {reason(unreadable)}. {todo}") from unreadable
 
 
+def read_sealed(
+    path: Path, kind: type[Kind] | TypeAdapter[Kind], said: str, todo: str, error: type[MelayerError] = InputError
+) -> Kind:
+    """`read` of values that were `sealed`, if they were: those of the first version are not.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        InputError: They are not what was sealed, or as `read`.
+    """
+    values = unsealed(read(path, dict[str, Any], said, todo, error), said, todo, error)
+    return parse(json_text(values), kind, said, todo, error)
+
+
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with a checksum of them all as the last field, whatever the spaces between them in a file."""
     return {**values, SEAL: _checksum(values)}

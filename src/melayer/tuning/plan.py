@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import InputError, MelayerWarning
+from melayer.errors import InputError, MelayerWarning, border, reason
 from melayer.interventions.mask import WeMask
 from melayer.model.forward import embedding_weight
 from melayer.model.subject import Subject
@@ -69,6 +69,7 @@ def planned(subject: Subject, data: Any, job: TrainingJob, row_options: RowOptio
     )
     if job.method == "grpo" and config.reward_weights is None and job.rewards is None:
         config.reward_weights = list(REWARD_WEIGHTS)
+    _check_template(getattr(config, "chat_template_path", None))
     prepared = training_data.prepare(
         job.method,
         data,
@@ -101,6 +102,16 @@ def planned(subject: Subject, data: Any, job: TrainingJob, row_options: RowOptio
     return Plan(job, subject, mask, config, prepared, adapter, reference, settings, notes)
 
 
+def _check_template(source: str | None) -> None:
+    """TRL takes a template from a tokenizer, and would ask at the terminal whether to run the code that one brings."""
+    if source is None or source.endswith((".jinja", ".j2")):
+        return
+    from transformers import AutoTokenizer
+
+    with border(f"chat_template_path {source!r} gives no template", "Name a .jinja file, or a tokenizer without code."):
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
 def _longest(config: Any, max_positions: int | None) -> int | None:
     """Tokens that a row may have; of GRPO's rows, the prompt."""
     max_length: int | None = getattr(config, "max_length", None)
@@ -131,8 +142,10 @@ def _adapter(lora: bool | Mapping[str, Any] | LoraConfig) -> LoraConfig | None:
         return copy.deepcopy(lora)
     try:
         return LoraConfig(**{**_LORA, **({} if lora is True else lora)})
-    except (TypeError, ValueError) as error:
-        raise InputError(f"peft refuses the LoRA options: {error}. See the fields of peft.LoraConfig.") from error
+    except Exception as error:
+        raise InputError(
+            f"peft refuses the LoRA options: {reason(error)}. See the fields of peft.LoraConfig."
+        ) from error
 
 
 def _choices(job: TrainingJob, *, masked: bool, adapted: bool, reference: Reference | None) -> list[str]:

@@ -42,8 +42,8 @@ def test_every_part_is_there(parts):
         ),
         (
             "tokens",
-            f"In text 0 token 0 (“{HOSTILE}”) holds the largest value, 4,100 at block 2, 2,050 times the largest other "
-            "token.",
+            f"In text 0, of its first 2 tokens, token 0 (“{HOSTILE}”) holds the largest value, 4,100 at block 2, 2,050 "
+            "times the largest other token.",
         ),
         (
             "surface",

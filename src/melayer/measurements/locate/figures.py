@@ -15,6 +15,10 @@ from melayer.model.provenance import ModelInfo
 Emergence = Literal["single", "staged", "gradual", "none"]
 
 
+Start = Literal["as run", "no bos", "bos", "template"]
+"""What stands first: as the texts are run, their own first token, BOS, or the first token of the chat template."""
+
+
 @dataclass(frozen=True)
 class BlockRow:
     """The largest |h| at a block's output over all sequences, and what it stands against in its own sequence."""
@@ -118,6 +122,58 @@ class Peak:
 
 
 @dataclass(frozen=True)
+class FirstToken:
+    """What is found with one first token in a few short texts."""
+
+    kinds: tuple[Start, ...]
+    """What it is: two of them can be the same token."""
+    token: str | None
+    """None where each text has its own."""
+    me_layer: int | None
+    n_holding: int
+    """In how many texts the criterion holds at the ME layer; without one, at any block."""
+    n_first_massive: int
+    """In how many the first token is massive there."""
+    max_abs: float | None
+    """The largest |h| at any block's output, with its place."""
+    layer: int
+    massive_token_index: int
+    massive_token: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class FirstTokens:
+    """The same texts with every first token that they can have."""
+
+    n_sequences: int
+    max_tokens: int
+    rows: tuple[FirstToken, ...]
+    """As they are run first."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def differing(self) -> tuple[FirstToken, ...]:
+        """Those with which something else is found than with the texts as they are run: another ME layer or none, or
+        the first token massive in most of them where it is not, or the other way round."""
+        as_run = self._finding(self.rows[0])
+        return tuple(row for row in self.rows[1:] if self._finding(row) != as_run)
+
+    def first_is_massive(self, row: FirstToken) -> bool:
+        """Whether it is in most of the texts."""
+        return 2 * row.n_first_massive > self.n_sequences
+
+    def _finding(self, row: FirstToken) -> tuple[int | None, bool]:
+        return row.me_layer, self.first_is_massive(row)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was found, as plain values."""
+        rows = [{**asdict(row), "kinds": list(row.kinds)} for row in self.rows]
+        sizes = {"n_sequences": self.n_sequences, "max_tokens": self.max_tokens}
+        return {**sizes, "flips": bool(self.differing), "rows": rows, "notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
 class SequenceRow:
     """What happened in one sequence."""
 
@@ -197,6 +253,8 @@ class LocateFigures:
     """The lowest threshold of a sequence that holds at the ME layer's output: every massive scalar there exceeds it."""
     peak: Peak | None = None
     """None where there is no ME layer, or no growth could be followed."""
+    first_tokens: FirstTokens | None = None
+    """None where other first tokens were not looked at."""
 
     @property
     def complete(self) -> bool:

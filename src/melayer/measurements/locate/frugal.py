@@ -164,7 +164,7 @@ def _require_one_pass(rows: Sequence[Row], passes: Sequence[Batch], max_batch_to
 
 
 def _notes(n_run: int, n_layers: int) -> Iterator[str]:
-    yield "Frugal: one block at a time was read from the checkpoint."
+    yield "Frugal: one block at a time was read from the checkpoint. Other first tokens were not looked at."
     if n_run < n_layers:
         yield (
             f"Stopped after block {n_run - 1}, when the ME layer was certain: shares are of the largest state up "

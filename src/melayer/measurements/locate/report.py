@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from melayer.data.rows import visible
-from melayer.measurements.locate.figures import Trace
+from melayer.measurements.locate.figures import FirstTokens, Trace
 from melayer.measurements.locate.result import LocateResult
-from melayer.measurements.locate.words import growth, kind
+from melayer.measurements.locate.words import STARTS, growth, kind
 from melayer.presentation import figures
 from melayer.presentation.figures import BLOCK, BLUE, GREY, ORANGE, VERMILLION, axis, hover, label, stroke
 from melayer.presentation.numbers import number, percent, rounded
@@ -30,7 +30,10 @@ def section(result: LocateResult) -> Section:
         parts.append(_shares(result))
     if result.trace is not None:
         parts += [_tokens(result, result.trace), _surface(result, result.trace)]
-    parts += [_stages(result), *_massive(result), _sequences(result), _blocks(result)]
+    parts += [_stages(result), *_massive(result), _sequences(result)]
+    if result.first_tokens is not None and len(result.first_tokens.rows) > 1:
+        parts.append(_first_tokens(result.first_tokens))
+    parts.append(_blocks(result))
     return Section("locate", TITLE, result.sentence, parts)
 
 
@@ -137,6 +140,8 @@ def _tokens(result: LocateResult, trace: Trace) -> Plot:
     layer, token = np.unravel_index(int(finite.argmax()), finite.shape)
     others = np.delete(finite[layer], token)
     against = f", {finite[layer, token] / others.max():,.0f} times the largest other token" if others.any() else ""
+    n_tokens = result.sequences[trace.sequence].n_tokens
+    first = f", of its first {len(trace.tokens)} tokens," if n_tokens > len(trace.tokens) else ""
     tokens = axis("token", autorange="reversed", type="category", dtick=1, tickfont={"size": 11}, automargin=True)
     squares = figures.heat_map(
         rounded(magnitude.T, 3),
@@ -148,7 +153,7 @@ def _tokens(result: LocateResult, trace: Trace) -> Plot:
     return Plot(
         "tokens",
         "Tokens by blocks",
-        f"In text {trace.sequence} token {token} (“{visible(trace.tokens[token])}”) holds the largest value, "
+        f"In text {trace.sequence}{first} token {token} (“{visible(trace.tokens[token])}”) holds the largest value, "
         f"{finite[layer, token]:,.0f} at block {layer}{against}.",
         f"Each cell is the largest |h| over the dimensions of one token at one block's output, as a power of ten; "
         f"the first {len(trace.tokens)} tokens of one text. A massive token is a bright row.",
@@ -246,6 +251,38 @@ def _sequences(result: LocateResult) -> Table:
             for row in result.sequences
         ],
         takeaway=takeaway if result.me_layer is not None else "",
+    )
+
+
+def _first_tokens(found: FirstTokens) -> Table:
+    n = found.n_sequences
+    takeaway = (
+        "Something else is found with another first token."
+        if found.differing
+        else "The same block is found with each, and the first token is massive with all of them or with none."
+    )
+    return Table(
+        "With another first token",
+        [
+            *("first token", "", "ME layer", "texts holding", "texts with the first token massive"),
+            *("largest |h|", "block", "token", "", "dimension"),
+        ],
+        [
+            [
+                "—" if row.token is None else visible(row.token),
+                ", ".join(STARTS[kind] for kind in row.kinds),
+                "—" if row.me_layer is None else row.me_layer,
+                f"{row.n_holding} of {n}",
+                f"{row.n_first_massive} of {n}",
+                number(row.max_abs, 1),
+                row.layer,
+                row.massive_token_index,
+                visible(row.massive_token),
+                row.dim,
+            ]
+            for row in found.rows
+        ],
+        takeaway=f"{takeaway} In {n} texts of up to {found.max_tokens} tokens.",
     )
 
 

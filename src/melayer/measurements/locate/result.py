@@ -36,6 +36,7 @@ class LocateResult(LocateFigures):
             "massive": [asdict(scalar) for scalar in self.massive],
             "massive_dims": [asdict(row) for row in self.massive_dims],
             "peak": None if self.peak is None else self.peak.to_dict(),
+            "first_tokens": None if self.first_tokens is None else self.first_tokens.to_dict(),
             "sequences": [{**asdict(row), "massive_tokens": list(row.massive_tokens)} for row in self.sequences],
             "non_finite": asdict(self.non_finite) if self.non_finite else None,
             "notes": list(self.notes),

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from melayer.data.rows import visible
-from melayer.measurements.locate.words import has_later_peak, kind
+from melayer.measurements.locate.words import STARTS, has_later_peak, kind
 from melayer.presentation.tables import ABSENT, change, number, print_answer, print_text, table
 
 if TYPE_CHECKING:
+    from melayer.measurements.locate.figures import FirstTokens
     from melayer.measurements.locate.result import LocateResult
 
 _LISTED = 12
@@ -26,6 +27,8 @@ def show_locate(result: LocateResult, console: Console) -> None:
     if result.massive:
         console.print(_massive(result))
     console.print(_sequences(result))
+    if result.first_tokens is not None and len(result.first_tokens.rows) > 1:
+        console.print(_first_tokens(result.first_tokens))
     bos, model = result.settings["bos"], result.model
     print_text(
         console,
@@ -120,3 +123,23 @@ def _sequences(result: LocateResult) -> Table:
         begins = visible(row.text[:32])
         rows.append([row.index, row.n_tokens, holds, massive, visible(row.first_token), begins])
     return table("Texts", columns, rows)
+
+
+def _first_tokens(found: FirstTokens) -> Table:
+    columns = [("first token", False), ("what it is", False), ("ME layer", True), ("holds", True)]
+    columns += [("it is massive", True), ("max |h|", True), ("block", True)]
+    n = found.n_sequences
+    rows = [
+        [
+            ABSENT if row.token is None else visible(row.token),
+            ", ".join(STARTS[kind] for kind in row.kinds),
+            ABSENT if row.me_layer is None else row.me_layer,
+            f"{row.n_holding}/{n}",
+            f"{row.n_first_massive}/{n}",
+            number(row.max_abs, 1),
+            row.layer,
+        ]
+        for row in found.rows
+    ]
+    flips = "not the same" if found.differing else "the same"
+    return table(f"With another first token: {flips} ({n} texts of up to {found.max_tokens} tokens)", columns, rows)

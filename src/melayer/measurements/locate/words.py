@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from melayer.data.rows import visible
 from melayer.measurements.criterion import STAGE_SHARE
-from melayer.measurements.locate.figures import BlockRow, LocateFigures, Peak, Stage
+from melayer.measurements.locate.figures import BlockRow, FirstToken, FirstTokens, LocateFigures, Peak, Stage
 from melayer.presentation.numbers import share
 
 HALF = 0.5
@@ -15,8 +15,40 @@ MORE = 1.0 + STAGE_SHARE
 """A share from here on is said to be more than the whole, and a peak so many times as large to be another one."""
 
 
+STARTS = {"as run": "as run", "no bos": "no BOS", "bos": "BOS", "template": "the chat template's"}
+"""What can stand first, in words."""
+
+
 def answer(result: LocateFigures) -> str:
     """The answer, computed from the figures."""
+    return _finding(result) + _flips(result.first_tokens)
+
+
+def _flips(found: FirstTokens | None) -> str:
+    """That the finding is another one with another first token, as a sentence; nothing where it is not."""
+    if found is None or not found.differing:
+        return ""
+    texts = "one text" if found.n_sequences == 1 else f"{found.n_sequences} texts"
+    others = " and ".join(f"{_with(found, row)} with {_named(row)} first" for row in found.differing)
+    as_run = _with(found, found.rows[0])
+    return f" It hangs on the first token: in {texts} of up to {found.max_tokens} tokens {as_run} as run, but {others}."
+
+
+def _with(found: FirstTokens, row: FirstToken) -> str:
+    where = "there is no ME layer" if row.me_layer is None else f"the ME layer is block {row.me_layer}"
+    same = {of.me_layer for of in (found.rows[0], *found.differing)}
+    if len(same) > 1:
+        return where
+    return f"the first token is {'' if found.first_is_massive(row) else 'not '}massive"
+
+
+def _named(row: FirstToken) -> str:
+    kinds = " and ".join(STARTS[kind] for kind in row.kinds)
+    return f"{kinds} (the texts' own token)" if row.token is None else f"“{visible(row.token)}” ({kinds})"
+
+
+def _finding(result: LocateFigures) -> str:
+    """What was found in the texts as they were run."""
     if result.non_finite is not None:
         bad = result.non_finite
         where = "the embedding" if bad.layer is None else f"the output of block {bad.layer}"

@@ -13,6 +13,7 @@ import torch
 from melayer.data.chat import render, require_template
 from melayer.data.tokens import Ids
 from melayer.errors import InputError, border
+from melayer.evaluation.cut_off import end_tokens
 from melayer.interventions.mask import WeMask
 from melayer.measurements.settings import LAYERS_COUNTED_FROM
 from melayer.model import hooks
@@ -89,7 +90,8 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
             with hooks.measuring(model), mask.apply(subject.decoder) if side == "masked" else nullcontext():
                 ids[side] = _generate(subject, row, decoding, streamer)
         plain, masked = (str(tokenizer.decode(ids[side], skip_special_tokens=True)) for side in SIDES)
-        pairs.append(AnswerPair(prompt, len(row), plain, masked, first_difference(ids["plain"], ids["masked"])))
+        cut = (_cut(subject, ids[side], max_new_tokens) for side in SIDES)
+        pairs.append(AnswerPair(prompt, len(row), plain, masked, first_difference(ids["plain"], ids["masked"]), *cut))
     return AnswersResult(
         model=subject.info,
         settings={
@@ -116,7 +118,16 @@ def prompt_ids(
     turns.append({"role": "user", "content": prompt})
     text = render(tokenizer, turns, add_generation_prompt=True)
     with border(f"The prompt {prompt[:30]!r} cannot be tokenised", "Mend it."):
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if not ids:
+        raise InputError(f"The prompt {text[:30]!r} gives no tokens. Give one with text, or leave the template out.")
+    return ids
+
+
+def _cut(subject: Subject, ids: Sequence[int], max_new_tokens: int) -> bool:
+    """Whether an answer has all the tokens that it may have, and the last one does not end it."""
+    ends = end_tokens(subject.model.generation_config.eos_token_id)
+    return len(ids) >= max_new_tokens and ids[-1] not in ends
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
