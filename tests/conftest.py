@@ -25,6 +25,12 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--hostile", choices=["some", "all"], default="some", help="how many of the hostile cases (tests/hostile)"
+    )
+
+
 def pytest_collection_finish():
     """Millions of objects are imported by now, and stay: each collection of garbage would look through them all."""
     gc.collect()

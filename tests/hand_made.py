@@ -5,6 +5,7 @@ Names and tokens are hostile: what a page or a terminal could take for markup.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,26 +17,27 @@ from melayer.census.rounding_error import KINDS
 from melayer.evaluation.result import Change, Chosen, EvalResult, Score
 from melayer.interventions.mask import WeMask
 from melayer.measurements.criterion import Criterion
-from melayer.measurements.explain.result import (
+from melayer.measurements.explain.figures import (
     BudgetStep,
     Causes,
     Counterfactual,
     Direction,
     Driver,
     ExpertUse,
-    ExplainResult,
-    LayerExplanation,
     Neuron,
     TextCauses,
 )
-from melayer.measurements.locate.result import (
+from melayer.measurements.explain.result import ExplainResult, LayerExplanation
+from melayer.measurements.locate.figures import (
     BlockRow,
-    LocateResult,
+    MassiveDim,
     MassiveScalar,
+    Peak,
     SequenceRow,
     Stage,
     Trace,
 )
+from melayer.measurements.locate.result import LocateResult
 from melayer.measurements.rigidity.result import EffectiveRank, RigidityResult
 from melayer.measurements.sinks.result import MassiveKeys, SinkHead, SinksResult
 from melayer.model.provenance import ModelInfo
@@ -111,7 +113,14 @@ def located(*, name: str = HOSTILE, me_layer: int | None = 1) -> LocateResult:
         non_finite=None,
         notes=(f"A note on {HOSTILE}.",),
         trace=Trace(0, 0, HOSTILE, states, token_max, (HOSTILE, "one")),
-    )
+        massive_dims=(MassiveDim(1, 5, 1, -4000.0), MassiveDim(2, 5, 1, -4100.5)),
+        least_threshold=500.0,
+        peak=None if me_layer is None else Peak(
+            layer=2, sequence=0, token_index=0, token=HOSTILE, dim=5, max_abs=4100.5, me_share=0.96,
+            standing_share=0.976, emergence="single", shares=shares, embedding_share=0.015, n_sequences=1,
+            n_other_token=0, n_other_dim=0,
+        ),
+    )  # fmt: skip
 
 
 def explained() -> ExplainResult:
@@ -200,6 +209,7 @@ def sunk(**changes: Any) -> SinksResult:
 
 
 def _point(selector: str | None, rate: float, perplexity: float, sinks: float, cosine: float | None) -> SweepPoint:
+    nll = 15 * math.log(perplexity)
     return SweepPoint(
         selector=selector,
         rate=rate,
@@ -215,6 +225,9 @@ def _point(selector: str | None, rate: float, perplexity: float, sinks: float, c
         rank_attn_in_without=5.5,
         rank_block_out=None,
         rank_block_out_without=None,
+        perplexity_low=0.9 * perplexity,
+        perplexity_high=1.125 * perplexity,
+        nll_by_sequence=tuple(nll + step * sinks for step in (-3.0, -1.0, 1.0, 3.0)),
     )
 
 
@@ -408,7 +421,7 @@ def evaluated(*, compared: bool = True) -> EvalResult:
         Change("wikitext2", "word_perplexity", HOSTILE, "plain", "word_perplexity", True, losses),
     )
     scores = [
-        Score("gsm8k", "exact_match", variant, value, value - 0.15, value + 0.15, 40, "mean", True)
+        Score("gsm8k", "exact_match", variant, value, value - 0.15, value + 0.15, 40, "mean", True, 4)
         for variant, value in (("plain", 0.5), (HOSTILE, 0.525))
     ]
     scores += [

@@ -46,7 +46,7 @@ def write(directory: Path, n: int = 6) -> Path:
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "wikitext2").mkdir()
+    (directory / "wikitext2").mkdir(parents=True)
     articles = [f" \n = w{i} = \n \n w{i} w{i + 3} said w5 . \n = = w7 = = \n w{i} again \n" for i in range(n)]
     (directory / "wikitext2" / "wiki.test.raw").write_text("".join(articles))
     (directory / "xstest").mkdir()

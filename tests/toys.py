@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -127,6 +127,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w0"
     )
+
+
+def beginning_tokenizer(*, ends: bool = False) -> PreTrainedTokenizerFast:
+    """The same, but it puts BOS in front of every text by itself, and the end of text behind it if asked."""
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if ends else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return made
 
 
 def text(n_tokens: int, *, x_at: int | None, seed: int = 0) -> str:
@@ -283,8 +292,20 @@ def capture(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         handle.remove()
 
 
-def write_gguf(path: Path, *, pre: str = "gpt-2") -> None:
-    """A tiny Llama as GGUF (float32), with a byte-level vocabulary and two merges."""
+def write_gguf(
+    path: Path,
+    *,
+    pre: str = "gpt-2",
+    n_blocks: int = 4,
+    blocks: range = range(4),
+    leave_out: tuple[str, ...] = (),
+    split: tuple[int, int] | None = None,
+) -> None:
+    """A tiny Llama as GGUF (float32), with a byte-level vocabulary and two merges.
+
+    Whole by default; else with the weights of some blocks alone or without some weights, and perhaps with a header
+    that says which part of how many the file is.
+    """
     import gguf
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -294,7 +315,7 @@ def write_gguf(path: Path, *, pre: str = "gpt-2") -> None:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(32)
-    writer.add_block_count(4)
+    writer.add_block_count(n_blocks)
     writer.add_feed_forward_length(48)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -310,14 +331,18 @@ def write_gguf(path: Path, *, pre: str = "gpt-2") -> None:
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
+    if split is not None:
+        writer.add_uint16("split.no", split[0])
+        writer.add_uint16("split.count", split[1])
 
     def tensor(name: str, *shape: int) -> None:
-        writer.add_tensor(name, (torch.randn(shape, generator=generator) * 0.05).numpy())
+        if name not in leave_out:
+            writer.add_tensor(name, (torch.randn(shape, generator=generator) * 0.05).numpy())
 
     tensor("token_embd.weight", len(tokens), 32)
     tensor("output_norm.weight", 32)
     tensor("output.weight", len(tokens), 32)
-    for i in range(4):
+    for i in blocks:
         tensor(f"blk.{i}.attn_norm.weight", 32)
         tensor(f"blk.{i}.ffn_norm.weight", 32)
         tensor(f"blk.{i}.attn_q.weight", 32, 32)

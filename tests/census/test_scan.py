@@ -1,5 +1,6 @@
 """A scan's figures do not depend on batches, processes or interruptions, and are those of the stored activations."""
 
+import contextlib
 import io
 import json
 import random
@@ -14,19 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import children
-import hostile_stores
 import melayer
 import toys
 from command import failing
 from command import run as melayer_command
 from damaged import damaged
+from hostile import corpora, stores
 from melayer.census import state as scan_state
 from melayer.census import worker
 from melayer.census.observe import SITES
 from melayer.census.scan import scan
 from melayer.data.corpus import Corpus
 from melayer.data.rows import Row, batches
-from melayer.errors import InputError, MelayerError, OutputError, ProcessError
+from melayer.errors import InputError, MelayerError, MelayerWarning, OutputError, ProcessError
 from melayer.model import wiring
 from melayer.runs.processes import Group
 from observed import check, stored
@@ -364,14 +365,14 @@ def test_a_state_whose_parts_are_not_what_they_should_be(kept, tmp_path):
         scan_state.read(tmp_path, settings)
 
 
-@pytest.mark.parametrize("kind", hostile_stores.KINDS)
+@pytest.mark.parametrize("kind", stores.KINDS)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_what_others_put_there_stays(model, corpus, tmp_path, rank, kind):
-    hostile_stores.KINDS[kind](scan_state.path_of(tmp_path, rank))
-    before = hostile_stores.found(tmp_path)
+    stores.KINDS[kind](scan_state.path_of(tmp_path, rank))
+    before = stores.found(tmp_path)
     with pytest.raises(OutputError, match=rf"scan.{rank}.state (is|was not written by melayer)"):
         run(model, corpus, store=tmp_path, limit=3)
-    assert hostile_stores.found(tmp_path) == before
+    assert stores.found(tmp_path) == before
 
 
 def test_a_store_that_cannot_be_made_is_said(model, corpus, tmp_path):
@@ -629,6 +630,111 @@ def test_two_processes_killed_anywhere_end_with_the_same(toy_directory, corpus, 
     assert not list(out.glob(".melayer-*"))
 
 
+# --- what texts bring, and how long they are --------------------------------------------------------------------------
+
+
+def lines(path, *given):
+    path.write_text("".join(f"{line}\n" for line in given))
+    return str(path)
+
+
+@pytest.mark.parametrize("bos", [None, True])
+def test_bos_that_a_text_brings_is_not_doubled(model, tmp_path, bos):
+    tokenizer = toys.beginning_tokenizer() if bos is None else toys.tokenizer()
+    plain = run(model, lines(tmp_path / "plain.txt", *texts(6)), tokenizer, bos=bos)
+    with pytest.warns(MelayerWarning, match=r"6 documents bring the begin-of-sequence token \(<s>\) themselves"):
+        brought = run(model, lines(tmp_path / "own.txt", *(f"<s> {text}" for text in texts(6))), tokenizer, bos=bos)
+    same(plain, brought)
+    seen = {token.token: token.seen_first for token in plain.total.massive}
+    assert plain.total.census.seen[1].tolist() == [plain.total.sequences, 0], seen
+
+
+def test_a_document_that_is_bos_alone_is_one_token(model, tmp_path):
+    with pytest.warns(MelayerWarning, match="1 documents bring"):
+        result = run(model, lines(tmp_path / "a.txt", "<s>", "w1 w2"), toys.tokenizer())
+    assert (result.total.sequences, result.total.tokens) == (2, 3)
+
+
+def test_long_documents_are_read_in_pieces_and_portions(model, tmp_path, monkeypatch):
+    path = lines(tmp_path / "a.txt", *texts(4), toys.text(3000, x_at=7, seed=9), toys.text(900, x_at=None, seed=10))
+    whole = run(model, path)
+    monkeypatch.setattr("melayer.data.tokens.PIECE", 300)
+    pieces = run(model, path, max_batch_tokens=16)  # many portions, too
+    same(whole, pieces)
+    assert pieces.total.documents == 6
+    first = run(model, path, truncate=True)
+    assert first.total.sequences == 6
+    monkeypatch.undo()
+    same(first, run(model, path, truncate=True))
+
+
+def test_a_document_with_a_token_that_the_model_lacks_is_left_out(tmp_path):
+    model = toys.plant(toys.make("llama"), PLANTED)
+    tokenizer = toys.tokenizer()
+    tokenizer.add_tokens(["beyond"])
+    result = run(model, lines(tmp_path / "a.txt", *texts(3), "w1 beyond w2", "w3"), tokenizer)
+    assert (result.total.documents, result.n_left_out) == (4, 1)
+    assert result.left_out[0].reason == "gives the token 64, and the model has tokens 0 to 63"
+
+
+@pytest.mark.parametrize("name", corpora.TEXTS)
+def test_hostile_corpora(model, tmp_path, name):
+    """Scanned to the end, or refused; what is left out is the same however often the scan was stopped."""
+    path = corpora.TEXTS[name](tmp_path)
+    good = corpora.GOOD[name]
+    options = {"sites": ["block_out"], "max_batch_tokens": 16, "truncate": True}
+    if not good:
+        with pytest.raises(InputError):
+            run(model, str(path), **options)
+        return
+    result = run(model, str(path), **options)
+    assert result.total.documents == good
+    json.dumps(result.to_dict(), allow_nan=False).encode("utf-8")
+    for after in (1, 3):
+        calls = []
+
+        def stop(*given, calls=calls, after=after):
+            calls.append(given)
+            if len(calls) == after:
+                raise StopError
+
+        kept = {**options, "checkpoint_seconds": 0, "store": tmp_path / f"store {after}"}
+        with contextlib.suppress(StopError):
+            run(model, str(path), progress=stop, **kept)
+        again = run(model, str(path), **kept)
+        same(result, again)
+        assert (again.n_left_out, again.left_out, again.notes) == (result.n_left_out, result.left_out, result.notes)
+
+
+def test_categories_beyond_a_number_are_together(model, tmp_path):
+    path = tmp_path / "a.jsonl"
+    names = [f"k{place % 5}" for place in range(20)]
+    rows = [json.dumps({"text": text, "kind": kind}) for text, kind in zip(texts(20), names, strict=True)]
+    path.write_text("\n".join(rows))
+    apart = run(model, Corpus(str(path), category="kind"))
+    assert [part.name for part in apart.categories] == ["k0", "k1", "k2", "k3", "k4"]
+    assert not any("categories" in note for note in apart.notes)
+    few = run(model, Corpus(str(path), category="kind", max_categories=2))
+    assert [(part.name, part.documents) for part in few.categories] == [("(other)", 12), ("k0", 4), ("k1", 4)]
+    assert any(note.startswith("The first 2 categories in the order of the corpus have figures") for note in few.notes)
+    same(apart, few)
+    # Also where it was stopped, and goes on.
+    calls = []
+
+    def stop(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise StopError
+
+    options = {"checkpoint_seconds": 0, "store": tmp_path / "store", "max_batch_tokens": 16}
+    with pytest.raises(StopError):
+        run(model, Corpus(str(path), category="kind", max_categories=2), progress=stop, **options)
+    again = run(model, Corpus(str(path), category="kind", max_categories=2), **options)
+    assert [(part.name, part.documents) for part in again.categories] == [("(other)", 12), ("k0", 4), ("k1", 4)]
+    with pytest.raises(InputError, match="holds a scan with other settings: data"):
+        run(model, Corpus(str(path), category="kind", max_categories=3), **options)
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -639,7 +745,9 @@ def test_bad_documents_are_counted_named_and_skipped(model, tmp_path):
     result = run(model, str(path))
     assert (result.total.documents, result.n_left_out) == (6, 2)
     assert [found.index for found in result.left_out] == [1, 4]
-    assert result.notes[0].startswith("Documents left out: 2; the first is document 1 (not JSON")
+    assert result.notes[0] == "a.jsonl is read as JSON lines, its texts from the column 'text'."
+    assert result.notes[1].startswith("Documents left out: 2: document 1 (a.jsonl, line 2: no JSON: Expecting property")
+    assert result.notes[1].endswith("; document 4 (a.jsonl, line 5: its text is a number and no string).")
     clean = tmp_path / "b.jsonl"
     clean.write_text("\n".join(good))
     assert exactly(run(model, str(clean))) == exactly(result)

@@ -139,7 +139,7 @@ def test_bad_input(toy_directory, tmp_path):
         "holds no config.json": ("locate", tmp_path),
         "Text 0 is empty": ("locate", toy_directory, "--text", " "),
         "is empty. Give one with text": ("locate", toy_directory, "--file", tmp_path / "empty.txt"),
-        "is not UTF-8: byte 3": ("locate", toy_directory, "--file", latin),
+        "is no text in UTF-8": ("locate", toy_directory, "--file", latin),
         "300 tokens were asked for, but the model has 256 positions": (
             "locate", toy_directory, "--max-tokens", 300,
         ),
@@ -343,3 +343,28 @@ def test_what_cannot_be_measured_takes_nothing_from_the_report(toy_directory, tm
     assert "sinks" not in values
     assert values["explain"]["me_layer"] == 3
     assert f"Not measured. {reason}" in (tmp_path / "report.html").read_text()
+
+
+def test_the_texts_of_a_file_are_measured_and_not_its_syntax(toy_directory, tmp_path):
+    path = tmp_path / "c.jsonl"
+    texts = [TEXT, toys.text(12, x_at=2, seed=5)]
+    path.write_text(
+        "".join(json.dumps({"id": place, "body": text, "mine": "w1 w2"}) + "\n" for place, text in enumerate(texts))
+    )
+    done = run("locate", toy_directory, "--file", path, "--json")
+    assert "c.jsonl is read as JSON lines, its texts from the column 'body'." in " ".join(done.stderr.split())
+    by_text = run("locate", toy_directory, "--text", texts[0], "--text", texts[1], "--json")
+    assert json.loads(done.stdout)["blocks"] == json.loads(by_text.stdout)["blocks"]
+    named = json.loads(run("locate", toy_directory, "--file", path, "--column", "mine", "--json").stdout)
+    assert named["me_layer"] is None
+    assert "--column says how to read a file, but no --file" in failing("locate", toy_directory, "--column", "mine")
+    assert "has no columns, so there is no column 'mine'" in failing(
+        "locate", toy_directory, "--file", __file__, "--column", "mine"
+    )
+
+
+def test_a_text_that_is_not_utf8_is_refused_before_a_model_is_loaded():
+    assert (
+        "Text 0 cannot be read: it holds U+DCFF at character 3, half of a surrogate pair. Give it as UTF-8"
+        in failing("locate", "./nowhere", "--text", "w1 \udcff")
+    )

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from melayer.data.corpus import Corpus, Document, LeftOut
+from melayer.data.corpus import OTHER, Corpus, Document, LeftOut
 from melayer.errors import InputError
 
 
@@ -64,9 +64,10 @@ def test_bad_lines_are_named_and_skipped(tmp_path):
     found = all_of(Corpus(str(path)))
     assert [item.index for item in found] == list(range(8))
     reasons = [item.reason for item in found if isinstance(item, LeftOut)]
-    assert [reason.split(":")[0] for reason in reasons] == [
-        "not JSON", "not UTF-8 at byte 10", "no object with columns", "its text is no string", "has no text",
-        "has only the columns other",
+    assert [reason[:48] for reason in reasons] == [
+        "a.jsonl, line 2: no JSON: Expecting value: line ", "a.jsonl, line 3: byte 10 (0xff) is not UTF-8",
+        "a.jsonl, line 4: a list and no object with colum", "a.jsonl, line 5: its text is a number and no str",
+        "a.jsonl, line 6: has no text", "a.jsonl, line 7: has the columns other, not one ",
     ]  # fmt: skip
     assert [item.text for item in found if isinstance(item, Document)] == ["good", "end"]
 
@@ -75,22 +76,34 @@ def test_columns_are_named_or_found(tmp_path):
     path = rows(tmp_path / "a.jsonl", {"body": "x", "kind": "k"}, {"body": "y", "kind": 2})
     assert all_of(Corpus(path)) == [Document(0, "x", ""), Document(1, "y", "")]
     assert [item.category for item in all_of(Corpus(path, category="kind"))] == ["k", "2"]
-    with pytest.raises(InputError, match=r"has the columns body, kind, not 'words'. Name .* --column body"):
+    with pytest.raises(InputError, match=r"has the columns body, kind, not 'words'. Name the .* text: --column NAME"):
         Corpus(path, column="words").check()
-    with pytest.raises(InputError, match=r"has the columns body, kind, not 'topic'"):
+    with pytest.raises(InputError, match=r"has the columns body, kind, not 'topic'. Name the .* category, or leave"):
         Corpus(path, category="topic").check()
     other = rows(tmp_path / "b.jsonl", {"x": "1"})
     with pytest.raises(InputError, match=r"has the columns x, not one of text, content"):
         Corpus(other).check()
+    assert [item.text for item in all_of(Corpus(other, column="x"))] == ["1"]
     (tmp_path / "c.txt").write_text("a\n")
-    with pytest.raises(InputError, match=r"has no columns, so there is no category 'kind'"):
-        Corpus(str(tmp_path / "c.txt"), category="kind").check()
+    for option in ("category", "column"):
+        with pytest.raises(InputError, match=rf"has no columns, so there is no {option} 'kind'"):
+            Corpus(str(tmp_path / "c.txt"), **{option: "kind"}).check()
 
 
-def test_only_a_text_file_is_one_document(tmp_path):
-    for source in (rows(tmp_path / "a.jsonl", {"text": "x"}), table(tmp_path / "a.parquet"), "owner/name"):
+def test_only_what_is_text_is_one_document(tmp_path):
+    for source in (table(tmp_path / "a.parquet"), "owner/name"):
         with pytest.raises(InputError, match=r"takes a text file as one document, and .* is none"):
             all_of(Corpus(source, whole_file=True))
+    # As it stands, whatever it looks like: the way to measure JSON itself.
+    assert all_of(Corpus(rows(tmp_path / "a.jsonl", {"text": "x"}), whole_file=True))[0].text == '{"text": "x"}\n'
+
+
+def test_how_it_is_read_is_said(tmp_path):
+    assert Corpus(rows(tmp_path / "a.jsonl", {"text": None}, {"content": "x"})).said == (
+        "a.jsonl is read as JSON lines, its texts from the column 'content'."
+    )
+    (tmp_path / "a.txt").write_text("x\n")
+    assert Corpus(str(tmp_path / "a.txt")).said == ""
 
 
 def test_there_must_be_a_corpus(tmp_path):
@@ -98,12 +111,12 @@ def test_there_must_be_a_corpus(tmp_path):
         Corpus("nothing").check()
     with pytest.raises(InputError, match=r"There is no corpus .*missing.txt"):
         Corpus(str(tmp_path / "missing.txt")).check()
-    with pytest.raises(InputError, match=r"is not a corpus; expected files that end in"):
+    with pytest.raises(InputError, match=r"The directory .* holds no file. Give one with texts in it"):
         Corpus(str(tmp_path)).check()
-    with pytest.raises(InputError, match=r"nothing\*.jsonl is not a corpus; expected files that end in"):
+    with pytest.raises(InputError, match=r"No file matches .*nothing\*.jsonl. Give another pattern"):
         Corpus(str(tmp_path / "nothing*.jsonl")).check()
     (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(InputError, match=r"a.csv is not a corpus; expected files that end in"):
+    with pytest.raises(InputError, match=r"The corpus .*a\* holds no document"):
         Corpus(str(tmp_path / "a*")).check()
 
 
@@ -135,7 +148,8 @@ def test_a_corrupt_row_group_is_skipped_and_the_rest_is_read(tmp_path):
     found = all_of(Corpus(str(path)))
     bad = [item for item in found if isinstance(item, LeftOut)]
     assert [item.index for item in bad] == [4, 5, 6, 7]
-    assert all(item.reason.startswith("row group 1 of a.parquet is corrupt: ") for item in bad)
+    assert bad[0].reason.startswith("a.parquet, row 5: row group 1 is corrupt: ")
+    assert all("row group 1 is corrupt: " in item.reason for item in bad)
     assert [item.index for item in found if isinstance(item, Document)] == [0, 1, 2, 3, 8, 9, 10, 11]
     mine = all_of(Corpus(str(path)), mine=lambda index: index % 4 == 0)
     assert [(item.index, isinstance(item, LeftOut)) for item in mine] == [(0, False), (4, True), (8, False)]
@@ -143,9 +157,11 @@ def test_a_corrupt_row_group_is_skipped_and_the_rest_is_read(tmp_path):
 
 def test_no_parquet_at_all(tmp_path):
     path = tmp_path / "a.parquet"
-    path.write_bytes(b"nothing of the kind")
+    path.write_bytes(b"PAR1 nothing of the kind")
     with pytest.raises(InputError, match=r"cannot be read as parquet: "):
         Corpus(str(path)).check()
+    path.write_bytes(b"text, whatever its name")
+    assert [item.text for item in all_of(Corpus(str(path)))] == ["text, whatever its name"]
 
 
 def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
@@ -153,7 +169,8 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
 
     asked = []
 
-    def load_dataset(name, split, streaming):
+    def load_dataset(name, split, streaming, trust_remote_code):
+        assert trust_remote_code is False
         asked.append((name, split, streaming))
         return iter([{"text": "one"}, {"text": None}, {"text": "three"}])
 
@@ -168,7 +185,7 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path, monkeypatch):
         raise ConnectionError("no network\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(InputError, match=r"cannot be had from the hub: no network Check the spelling"):
+    with pytest.raises(InputError, match=r"cannot be had from the hub: no network. Check the spelling"):
         all_of(Corpus("owner/name"))
 
 
@@ -183,7 +200,7 @@ def test_a_stream_of_datasets_itself(tmp_path, monkeypatch):
     original = datasets.load_dataset
     files = [str(tmp_path / f"{shard}.jsonl") for shard in range(2)]
 
-    def of_files(name, split, streaming):
+    def of_files(name, split, streaming, trust_remote_code):
         assert (name, split) == ("owner/name", "test")
         return original("json", data_files={"test": files}, split=split, streaming=streaming)
 
@@ -193,8 +210,8 @@ def test_a_stream_of_datasets_itself(tmp_path, monkeypatch):
     assert [item.text for item in all_of(corpus)] == texts
     assert [item.category for item in all_of(corpus)] == list("abaaba")
     assert [item.index for item in all_of(corpus, mine=lambda index: index % 2 == 1, stop=5)] == [1, 3]
-    with pytest.raises(InputError, match=r"has the columns text, kind, not 'words'"):
-        all_of(Corpus("owner/name", split="test", column="words"))
+    unnamed = all_of(Corpus("owner/name", split="test", column="words"))
+    assert unnamed[0] == LeftOut(0, "row 1: has the columns text, kind, not 'words'")
     (tmp_path / "1.jsonl").write_text('{"text": \n')
     with pytest.raises(
         InputError, match=r"owner/name cannot be read on from document 3: .* goes on from what was kept"
@@ -228,19 +245,20 @@ def test_many_parquet_files_and_one_without_the_column(tmp_path):
     found = all_of(corpus)
     assert [item.index for item in found] == list(range(36))
     assert corpus.count() == 36
-    assert all(item.reason == "1.parquet has only the columns words" for item in found[12:24])
+    assert found[12] == LeftOut(12, "1.parquet, row 1: has the columns words, not one of text, content, document, body")
+    assert all(isinstance(item, LeftOut) for item in found[12:24])
     assert [item.text for item in found[24:]] == [f"end {place}" for place in range(12)]
     mine = all_of(corpus, mine=lambda index: index % 7 == 3, stop=30)
     assert [(item.index, isinstance(item, LeftOut)) for item in mine] == [
         (3, False), (10, False), (17, True), (24, False),
     ]  # fmt: skip
-    (tmp_path / "3.parquet").write_bytes(b"nothing of the kind")
+    (tmp_path / "3.parquet").write_bytes(b"PAR1 nothing of the kind")
     with pytest.raises(InputError, match=r"3.parquet cannot be read as parquet: "):
-        corpus.check()
+        Corpus(str(tmp_path)).check()
 
 
 def test_rows_of_a_group_come_in_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("melayer.data.corpus._ROWS", 3)
+    monkeypatch.setattr("melayer.data.entries._ROWS", 3)
     path = table(tmp_path / "a.parquet", groups=1)
     assert [item.text for item in all_of(Corpus(path))] == [f"document {place}" for place in range(12)]
     assert [item.index for item in all_of(Corpus(path), mine=lambda index: index % 5 == 2, stop=8)] == [2, 7]
@@ -249,7 +267,8 @@ def test_rows_of_a_group_come_in_batches(tmp_path, monkeypatch):
 def test_a_directory_of_several_kinds_is_refused(tmp_path):
     rows(tmp_path / "a.jsonl", {"text": "x"})
     (tmp_path / "README.md").write_text("about it\n")
-    with pytest.raises(InputError, match=r"holds files of several kinds \(.jsonl, .md\)"):
+    (tmp_path / ".hidden").write_bytes(b"\0")
+    with pytest.raises(InputError, match=r"holds files of several kinds \(JSON lines in a.jsonl, text in README.md\)"):
         Corpus(str(tmp_path)).check()
     assert [item.text for item in all_of(Corpus(str(tmp_path / "*.jsonl")))] == ["x"]
 
@@ -258,14 +277,59 @@ def test_each_text_file_of_a_directory_may_be_one_document(tmp_path):
     for name in ("b.txt", "a.txt"):
         (tmp_path / name).write_text(f"{name}\nand more\n")
     corpus = Corpus(str(tmp_path), whole_file=True)
-    assert [item.text for item in all_of(corpus)] == ["a.txt\nand more", "b.txt\nand more"]
+    assert [item.text for item in all_of(corpus)] == ["a.txt\nand more\n", "b.txt\nand more\n"]
     assert corpus.count() == 2
 
 
-def test_json_may_be_lines_and_is_refused_if_it_is_not(tmp_path):
+def test_json_may_be_lines_or_a_list(tmp_path):
     path = tmp_path / "part-0.json.gz"
     path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
     assert [item.text for item in all_of(Corpus(str(path)))] == ["one", "two"]
     (tmp_path / "a.json").write_text('[\n {"text": "one"}\n]\n')
-    with pytest.raises(InputError, match=r"does not begin with a line that is a JSON object"):
-        Corpus(str(tmp_path / "a.json")).check()
+    assert all_of(Corpus(str(tmp_path / "a.json"))) == [Document(0, "one", "")]
+    (tmp_path / "b.json").write_text('{\n "text": "one"\n}\n')
+    with pytest.raises(InputError, match=r"an object takes several lines; expected one a line, or a list"):
+        Corpus(str(tmp_path / "b.json")).check()
+
+
+# --- categories -----------------------------------------------------------------------------------------------------
+
+
+def shares(path, size, **options):
+    """The documents as so many processes get them, together in the order of the corpus."""
+    found = []
+    for rank in range(size):
+        found += all_of(Corpus(path, **options), mine=lambda index, rank=rank: index % size == rank)
+    return sorted(found, key=lambda item: item.index)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_which_categories_are_kept_apart_does_not_depend_on_whose_turn_they_are(tmp_path, kind):
+    names = [f"k{(place * place) % 23}" for place in range(60)]
+    path = str(tmp_path / f"a.{kind}")
+    if kind == "jsonl":
+        rows(tmp_path / "a.jsonl", *({"text": f"t{place}", "kind": name} for place, name in enumerate(names)))
+    else:
+        table(path, groups=12, text=[f"t{place}" for place in range(60)], kind=names)
+    first = list(dict.fromkeys(names))
+    for most in (1, 3, len(first), 64):
+        own = first[:most]
+        expected = [name if name in own else OTHER for name in names]
+        for size in (1, 2, 3, 7):
+            found = shares(path, size, category="kind", max_categories=most)
+            assert [item.category for item in found] == expected
+        # From the middle of the corpus on, as a scan that goes on.
+        late = all_of(Corpus(path, category="kind", max_categories=most), mine=lambda index: index >= 40)
+        assert [item.category for item in late] == expected[40:]
+
+
+def test_a_category_is_a_name(tmp_path):
+    path = tmp_path / "a.jsonl"
+    kinds = ['"a\\ud800"', "null", "[1]", '{"a": 1}', "1e999", "2", "true", f'"{"x" * 300}"', '""']
+    path.write_text("".join(f'{{"text": "x", "kind": {kind}}}\n' for kind in kinds))
+    found = all_of(Corpus(str(path), category="kind"))
+    assert [item.category if isinstance(item, Document) else item.reason[17:] for item in found] == [
+        "its kind holds U+D800 at character 1, half of a surrogate pair", "", "its kind is a list, and no name",
+        "its kind is an object, and no name", "inf", "2", "true",
+        "its kind has 300 characters; expected at most 200", "",
+    ]  # fmt: skip

@@ -97,7 +97,9 @@ def test_files(tmp_path):
     assert read_texts(file) == ["one", "two"]
     assert read_texts(file, whole=True) == ["one\n\ntwo\n"]
     file.write_bytes(b"caf\xe9\n")
-    with pytest.raises(InputError, match=r"is not UTF-8: byte 3 is 0xe9. Convert it"):
+    with pytest.raises(
+        InputError, match=r"is no text in UTF-8: 1 of the first 1 lines .* convert it to UTF-8 first: iconv"
+    ):
         read_texts(file)
     file.write_text(" \n")
     with pytest.raises(InputError, match="is empty. Give one with text"):

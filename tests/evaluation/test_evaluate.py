@@ -11,6 +11,7 @@ import small_benchmarks
 import toys
 from melayer.errors import InputError, OutputError
 from melayer.evaluation.evaluate import evaluate
+from melayer.evaluation.harness import harness
 from melayer.evaluation.select import compare_runs, select
 from melayer.evaluation.store import FILE
 from melayer.evaluation.tasks import load_tasks
@@ -91,7 +92,9 @@ def test_holm_is_over_what_a_benchmark_is_judged_by(result):
     assert all(change.comparison.p_holm is None for change in result.changes if not change.primary)
 
 
-def test_plain_is_what_lm_eval_itself_finds(model, data, result):
+def test_plain_is_what_lm_eval_itself_finds(model, data, benchmarks):
+    # lm-eval puts BOS before whole texts, which this tokenizer does not by itself.
+    result = run(model, benchmarks, {"plain": None}, bos=True)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -122,6 +125,68 @@ def test_plain_is_what_lm_eval_itself_finds(model, data, result):
                     assert scores[name].value == pytest.approx(value, rel=1e-6), (key, filtered)
 
 
+def nll_of(model, ids):
+    """Of all tokens but the first, each from all before it."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+    return -torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_whole_text_begins_as_the_tokenizer_begins_it(model, benchmarks, adds):
+    tokenizer = toys.beginning_tokenizer() if adds else toys.tokenizer()
+    (wikitext,) = [benchmark for benchmark in benchmarks if benchmark.name == "wikitext2"]
+    (task,) = wikitext.tasks.values()
+    for bos, first in ((None, [1] * adds), (True, [1]), (False, [])):
+        found = evaluate(model, tokenizer, [wikitext], {"plain": None}, batch_size=2, max_length=512, bos=bos)
+        begins = "BOS (<s>)" if first else "the text's first token, which is not predicted"
+        assert found.settings["tasks"]["wikitext2"]["begins_with"] == begins
+        for place, answer in enumerate(found.answers["wikitext2"]["plain"].values()):
+            text = task.doc_to_target(task.eval_docs[place])
+            ids = [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+            assert answer["output"] == pytest.approx(nll_of(model, ids), rel=1e-5)
+
+
+def test_prompts_begin_once_also_where_only_some_bring_bos(model):
+    tokenizer = toys.beginning_tokenizer()
+    with harness(model, tokenizer, batch_size=2, max_length=None) as lm:
+        for texts in (["w4", "<s> w4"], ["<s> w4", "w4"], ["<s> w4", "<s> w4"], ["w4", "w4"]):
+            ids, mask = lm.tok_batch_encode(texts)
+            assert ids.tolist() == [[1, 7], [1, 7]], texts
+
+
+def test_a_whole_text_longer_than_the_model_is_scored_in_windows(model, tmp_path):
+    data = small_benchmarks.write(tmp_path, n=2)
+    (data / "wikitext2/wiki.test.raw").write_text(f" \n = w1 = \n \n {toys.text(50, x_at=None)} \n")
+    (wikitext,) = load_tasks(["wikitext2"], data=data)
+    found = evaluate(model, toys.tokenizer(), [wikitext], {"plain": None}, batch_size=2, max_length=16)
+    (answer,) = found.answers["wikitext2"]["plain"].values()
+    (task,) = wikitext.tasks.values()
+    ids = toys.tokenizer()(task.doc_to_target(task.eval_docs[0]))["input_ids"]
+    # As lm-eval's windows go: each token once, from the one before the window on.
+    expected, done = 0.0, 1
+    expected += nll_of(model, ids[:17])
+    done = 17
+    while done < len(ids):
+        end = min(done + 16, len(ids))
+        start = end - 17
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[start : end - 1]]), use_cache=False).logits[0].float().log_softmax(-1)
+        expected += sum(logits[at - start - 1, ids[at]].item() for at in range(done, end))
+        done = end
+    assert answer["output"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_that_cannot_be_asked_are_said_beside_the_scores(model, tmp_path):
+    data = small_benchmarks.write(tmp_path, n=2)
+    with (data / "xstest/xstest_prompts.csv").open("a") as file:
+        file.write("7,w1 ?,x,Safe\n")
+    found = run(model, load_tasks(["xstest"], data=data, max_new_tokens=4), {"plain": None})
+    note = "1 row is left out of xstest_prompts.csv: line 6: its label is 'Safe'; expected safe or unsafe."
+    assert note in found.notes
+    assert note in found.to_dict()["notes"]
+
+
 def test_log_likelihoods_are_added_up_in_float32(model, benchmarks):
     import copy
 
@@ -150,7 +215,18 @@ def test_what_is_kept_is_what_was_found(model, benchmarks, result, tmp_path):
     assert kept.to_dict()["scores"] == result.to_dict()["scores"]
     head, *found = rows(tmp_path, seconds=True)
     assert len(found) == 3 * 30
-    assert set(found[0]) == {"task", "variant", "item", "prompt", "output", "scores", "tokens", "seconds"}
+    assert set(found[0]) == {
+        "task",
+        "variant",
+        "item",
+        "prompt",
+        "output",
+        "scores",
+        "tokens",
+        "seconds",
+        "cut",
+        "failed",
+    }
     # Going on with nothing left asks the model nothing.
     before = (tmp_path / FILE).read_bytes()
     again = run(model, benchmarks, store=tmp_path, progress=lambda *_: pytest.fail("asked again"))
@@ -212,14 +288,6 @@ def test_comparing_leaves_a_run_that_is_being_written_as_it_is(model, benchmarks
     before = (tmp_path / "b" / FILE).read_bytes()
     assert compare_runs(tmp_path / "a", tmp_path / "b").changes[0].comparison.n == 12
     assert (tmp_path / "b" / FILE).read_bytes() == before
-
-
-def test_answers_that_reach_their_limit_are_counted(result):
-    (note,) = [note for note in result.notes if "Answers to gsm8k" in note]
-    assert note.startswith("Answers to gsm8k of at least 95 % of the 24 tokens allowed, of 6: ")
-    for label, answers in result.answers["gsm8k"].items():
-        assert f"{sum(answer['tokens'] >= 23 for answer in answers.values())} under {label}" in note
-    assert not any("mmlu" in note for note in result.notes)
 
 
 def test_a_full_disk(model, benchmarks, result, tmp_path, monkeypatch):

@@ -65,16 +65,19 @@ def test_less_is_better_is_marked():
     assert f"gsm8k: 2 items lost by {HOSTILE}" in titles
 
 
-def test_where_no_item_differs_no_resolution_is_claimed():
+def test_where_there_is_no_interval_no_resolution_is_claimed():
     result = hand_made.evaluated()
     change = result.changes[0]
-    same = dataclasses.replace(change, comparison=dataclasses.replace(change.comparison, wins=0, losses=0))
-    assert section(dataclasses.replace(result, changes=(same,))).parts[0].takeaway == ""
+    alone = dataclasses.replace(change, comparison=dataclasses.replace(change.comparison, low=None, high=None))
+    found = section(dataclasses.replace(result, changes=(alone,)))
+    assert found.parts[0].takeaway == ""
+    table = next(part for part in found.parts if getattr(part, "title", "").startswith("Differences"))
+    assert table.rows[0][4] == "—"
 
 
 def test_the_tables(parts):
-    assert parts["Scores"].rows[0] == ["gsm8k", "exact_match *", "plain", "50.0%", "35.0% to 65.0%", 40]
-    assert parts["Scores"].rows[3] == ["wikitext2", "word_perplexity *", HOSTILE, "12.1825", "—", 9]
+    assert parts["Scores"].rows[0] == ["gsm8k", "exact_match *", "plain", "50.0%", "35.0% to 65.0%", 40, "4 (10.0%)"]
+    assert parts["Scores"].rows[3] == ["wikitext2", "word_perplexity *", HOSTILE, "12.1825", "—", 9, "—"]
     assert parts[DIFFERENCES].rows[0] == [
         "gsm8k", "exact_match *", HOSTILE, "+2.5", "-5.0 to +10.0", 2, 1, 37, "1",
     ]  # fmt: skip

@@ -15,11 +15,11 @@ Of 2 comparisons with plain, corrected for their number (Holm), 0 show a gain, 1
 A note on [red]<b>:x:</b>[/].
 
 Scores
-task      metric           variant              value    interval  n
-gsm8k     exact_match*     plain                50.0% 35.0%-65.0% 40
-gsm8k     exact_match*     [red]<b>:x:</b>[/]   52.5% 37.5%-67.5% 40
-wikitext2 word_perplexity* plain               7.3890           -  9
-wikitext2 word_perplexity* [red]<b>:x:</b>[/] 12.1825           -  9
+task      metric           variant              value    interval  n   cut off
+gsm8k     exact_match*     plain                50.0% 35.0%-65.0% 40 4 (10.0%)
+gsm8k     exact_match*     [red]<b>:x:</b>[/]   52.5% 37.5%-67.5% 40 4 (10.0%)
+wikitext2 word_perplexity* plain               7.3890           -  9         -
+wikitext2 word_perplexity* [red]<b>:x:</b>[/] 12.1825           -  9         -
 
 Against plain, in points
 task      metric           variant            change     interval wins losses     p
@@ -32,10 +32,10 @@ interval -5.0 to 10.0, p 1); the data rule out a gain of more than 10.0 points a
 than 5.0 points.
 [red]<b>:x:</b>[/] on wikitext2: wins 0, losses 9, ties 0: a loss of 50.0 hundredths of a nat a
 word, 95% interval -75.0 to -25.0.
-Intervals are at 95 %: of a share Wilson's, of a difference a paired bootstrap by item. * marks what
-a benchmark is judged by; these comparisons are corrected together (Holm). p: exact McNemar test of
-right and wrong, else sign flips by item. [red]<b>:x:</b>[/], float32, fingerprint 0123, without a
-chat template.
+Intervals are at 95 %: of a share of right answers Wilson's, of the difference of two Tango's score
+interval, else Student's t by item. * marks what a benchmark is judged by; these comparisons are
+corrected together (Holm). p: mid-p McNemar test of right and wrong, else sign flips by item.
+[red]<b>:x:</b>[/], float32, fingerprint 0123, without a chat template.
 """
 
 

@@ -237,16 +237,18 @@ def test_what_is_wrong_with_files(tmp_path):
     with pytest.raises(InputError, match="gsm8k needs .*train.jsonl, which is missing"):
         load_tasks(["gsm8k"], data=data)
     (data / "gsm8k/train.jsonl").write_text(json.dumps({"question": "w1"}) + "\n")
-    with pytest.raises(InputError, match="Row 0 of .*train.jsonl has no field 'answer': it has question"):
+    with pytest.raises(
+        InputError, match="train.jsonl holds no items that gsm8k can ask: line 1: has no field 'answer'"
+    ):
         load_tasks(["gsm8k"], data=data)
     (data / "gsm8k/train.jsonl").write_text("{\n")
-    with pytest.raises(InputError, match="Line 1 of .*train.jsonl is no JSON"):
+    with pytest.raises(InputError, match="train.jsonl holds no items that gsm8k can ask: line 1: "):
         load_tasks(["gsm8k"], data=data)
     (data / "gsm8k/train.jsonl").write_text("")
     with pytest.raises(InputError, match="train.jsonl holds no items"):
         load_tasks(["gsm8k"], data=data)
-    (data / "gsm8k/train.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="train.jsonl cannot be read"):
+    (data / "gsm8k/train.jsonl").write_bytes(b"\xff\xff")
+    with pytest.raises(InputError, match="train.jsonl is no text in UTF-8"):
         load_tasks(["gsm8k"], data=data)
     mmlu = (data / "mmlu/dev.jsonl").read_text()
     (data / "mmlu/dev.jsonl").write_text(mmlu.replace("astronomy", "anatomy"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import toys
+from hostile import masks
 from masked import ME, mask_of, model_of
 from melayer.data.rows import Row, batches
 from melayer.errors import InputError, OutputError
@@ -146,7 +147,7 @@ def test_bad_input(tmp_path):
     (tmp_path / ABOUT).write_text(
         json.dumps({key: value for key, value in about.items() if key not in ("ids", "crc32")})
     )
-    with pytest.raises(InputError, match=r"cannot be read: 'ids'. Write it again"):
+    with pytest.raises(InputError, match=r"cannot be read: ids: Field required. Write it again"):
         BakedPrefix.load(tmp_path, model)
     (tmp_path / ABOUT).write_text(json.dumps({**about, "ids": [9, *about["ids"][1:]]}))
     with pytest.raises(InputError, match=r"cannot be read: it is not as it was written .*Write it again"):
@@ -162,3 +163,27 @@ def test_bad_input(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=r"The prefix cannot be written to .*Give another place"):
         BakedPrefix.of(model, PREFIX).save(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", masks.PREFIXES)
+def test_files_that_are_no_prefix(name, tmp_path):
+    model = model_of("llama")
+    masks.PREFIXES[name](tmp_path / "p")
+    about = tmp_path / "p" / ABOUT
+    if about.is_file() and masks.prefix_about()["fingerprint"].encode() in about.read_bytes():
+        # Of this very model, so that it is refused for what is wrong with it.
+        text = about.read_bytes().replace(b"0" * 16, BakedPrefix.of(model, PREFIX).fingerprint.encode())
+        about.write_bytes(text)
+    with pytest.raises(InputError) as refused:
+        BakedPrefix.load(tmp_path / "p", model)
+    assert "fingerprint 0000" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_the_builders_differ_from_a_good_one(tmp_path):
+    """What they change is what is refused: unchanged it is taken."""
+    model = model_of("llama")
+    fingerprint = BakedPrefix.of(model, PREFIX).fingerprint
+    masks._prefix(masks.prefix_about(fingerprint=fingerprint))(tmp_path)
+    assert BakedPrefix.load(tmp_path, model).ids == (1, 5, 9)

@@ -82,6 +82,9 @@ def test_what_is_no_adapter(trained, tmp_path):
     with pytest.raises(ModelError, match="adapter_config.json cannot be read"):
         melayer.load(str(tmp_path))
     (tmp_path / adapters.FILE).write_text("{}")
+    with pytest.raises(ModelError, match="has no weights: expected adapter_model.safetensors"):
+        melayer.load(str(tmp_path))
+    shutil.copy(trained / "out" / "adapter_model.safetensors", tmp_path)
     with pytest.raises(ModelError, match="does not say what it was trained on. Name it with base= .--base."):
         melayer.load(str(tmp_path))
     with pytest.raises(ModelError, match="The adapter in .* does not fit"):
@@ -94,7 +97,7 @@ def test_the_base_is_named_and_no_place_of_this_machine(trained):
     assert json.loads((checkpoint / adapters.FILE).read_text())["base_model_name_or_path"] == str(trained / "base")
     # A checkpoint is a model too: the run's record above it says on which base.
     assert adapters.find(str(checkpoint)).fingerprint == adapters.find(str(trained / "out")).fingerprint
-    assert not (trained / "out" / "README.md").exists()
+    assert str(trained) not in (trained / "out" / "README.md").read_text()  # ours, and not PEFT's
     assert not (trained / "out" / "training_args.bin").exists()
 
 
@@ -102,5 +105,18 @@ def test_measurements_take_it_as_a_model(trained):
     loaded = melayer.load(str(trained / "out"), mask=False)
     result = melayer.locate(loaded.model, loaded.tokenizer, texts=[toys.text(20, x_at=0)])
     assert result.me_layer == small_runs.ME
-    hashes = weight_hashes(loaded.model, str(trained / "out"))
+    hashes = weight_hashes(loaded.model)
     assert set(hashes) == {"adapter_model.safetensors", "model.safetensors"}
+
+
+def test_a_mask_for_other_weights_is_not_made_to_fit(trained, tmp_path):
+    """What lies beside an adapter says of a mask what it likes; the base in memory says which one it was made for."""
+    shutil.copytree(trained / "out", tmp_path / "out")
+    path = tmp_path / "out" / "melayer_mask.json"
+    values = json.loads(path.read_text())
+    values["made_for"]["fingerprint"] = "0" * 16
+    path.write_text(json.dumps(values))
+    with pytest.warns(MelayerWarning) as said:
+        mask = melayer.load(str(tmp_path / "out")).mask
+    assert mask.made_for.fingerprint == "0" * 16
+    assert any("was made for" in str(warning.message) for warning in said)

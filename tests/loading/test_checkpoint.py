@@ -13,7 +13,7 @@ from transformers import (
 
 import melayer
 import toys
-from melayer.errors import ModelError
+from melayer.errors import InputError, ModelError
 from melayer.loading import checkpoint
 
 IDS = torch.tensor([[5, 9, toys.X, 12, 7]])
@@ -58,7 +58,7 @@ def test_weights_offloaded_to_disk_are_measured_the_same(toy_directory, tmp_path
     assert [row.max_abs for row in found.blocks] == pytest.approx([row.max_abs for row in expected.blocks])
 
 
-@pytest.mark.parametrize("device", ["cuda:17", "nothing", "meta"])
+@pytest.mark.parametrize("device", ["cuda:17", "nothing", "meta", "hpu", "mkldnn", "privateuseone", "", "cpu:-1"])
 def test_a_device_that_is_not_there(toy_directory, device):
     with pytest.raises(ModelError, match="Use --device auto, or cpu"):
         melayer.load(str(toy_directory), device=device)
@@ -78,7 +78,7 @@ def test_no_such_file():
 def test_a_hub_id_that_cannot_be_had(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="'nobody/nothing' is not a file or directory here, and its config cannot be"):
+    with pytest.raises(ModelError, match="'nobody/nothing' is not a file or directory here, and it cannot be had from"):
         melayer.load("nobody/nothing")
 
 
@@ -103,7 +103,7 @@ def copy_of(directory, target):
 def test_a_directory_without_weights(toy_directory, tmp_path):
     copy = copy_of(toy_directory, tmp_path / "m")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="holds no weights: expected model.safetensors or its shards"):
+    with pytest.raises(ModelError, match="holds no weights: expected model.safetensors, or .* and its shards"):
         melayer.load(str(copy))
 
 
@@ -123,7 +123,7 @@ def test_a_shard_that_is_missing(toy_directory, tmp_path):
     (copy / "model.safetensors").unlink()
     toys.make("llama").save_pretrained(copy, max_shard_size="100KB")
     next(iter(sorted(copy.glob("*-of-*.safetensors")))).unlink()
-    with pytest.raises(ModelError, match="The weights of .* cannot be read"):
+    with pytest.raises(ModelError, match=r"names 11 shards, and 1 of them are not there \(the first is model-00001"):
         melayer.load(str(copy))
 
 
@@ -196,4 +196,73 @@ def test_hashes_of_the_weights(toy_directory):
 
     loaded = melayer.load(str(toy_directory))
     truth = hashlib.sha256((toy_directory / "model.safetensors").read_bytes()).hexdigest()
-    assert checkpoint.weight_hashes(loaded.model, str(toy_directory)) == {"model.safetensors": truth}
+    assert checkpoint.weight_hashes(loaded.model) == {"model.safetensors": truth}
+
+
+def test_a_map_of_devices_that_is_none(toy_directory, tmp_path):
+    (tmp_path / "file").write_text("")
+    for options, message in {
+        ("nonsense", None, None): "There is no device map 'nonsense'|The device 'nonsense' cannot be used here",
+        ("meta", None, None): "The device 'meta' holds no numbers",
+        (3, None, None): "The device map is 3; expected a name or a dictionary",
+        ("auto", ((9999, "1GiB"),), None): "max_memory names the device 9999, and here there are",
+        (
+            "auto",
+            (("nonsense", "1GiB"),),
+            None,
+        ): "max_memory names the device 'nonsense', and here there .*cpu, disk",
+        ("auto", None, str(tmp_path / "file")): "The offload folder .* cannot be used: it is no directory. Give a dir",
+    }.items():
+        device_map, memory, folder = options
+        with pytest.raises(ModelError, match=message):
+            melayer.load(
+                str(toy_directory),
+                device_map=device_map,
+                max_memory=None if memory is None else dict(memory),
+                offload_folder=folder,
+            )
+    assert melayer.load(str(toy_directory), device_map="cpu").model.device == torch.device("cpu")
+
+
+def test_an_unforeseen_error_is_one_sentence(toy_directory, monkeypatch):
+    """Whatever is raised while a model is loaded, of whatever kind."""
+    for error in (RecursionError("deep"), MemoryError(), OverflowError("far"), AssertionError("odd"), KeyError("x")):
+
+        def raising(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(checkpoint.files, "headers", raising)
+        with pytest.raises(ModelError, match="cannot be loaded: .* Check that it is whole"):
+            melayer.load(str(toy_directory))
+
+
+def test_a_path_is_a_name_too(toy_directory):
+    assert melayer.load(toy_directory).model.config.num_hidden_layers == 8
+    for other in (3, None, b"demo", ["demo"]):
+        with pytest.raises(InputError, match=r"The model is .*; expected its name or its path"):
+            melayer.load(other)
+        with pytest.raises(InputError, match=r"The model is .*; expected its name or its path"):
+            melayer.locate_frugal(other)
+
+
+def test_a_revision_of_what_is_not_on_the_hub(toy_directory):
+    for load in (melayer.load, melayer.locate_frugal):
+        with pytest.raises(
+            ModelError, match="The revision 'main' was given, but nothing is taken from the hub. Leave it"
+        ):
+            load(str(toy_directory), revision="main")
+
+
+def test_a_tokenizer_that_does_not_know_every_word(toy_directory, tmp_path):
+    """Some research vocabularies have no unknown token; what they know is measured."""
+    copy = copy_of(toy_directory, tmp_path / "m")
+    values = json.loads((copy / "tokenizer.json").read_text())
+    values["model"]["unk_token"] = "<none>"
+    (copy / "tokenizer.json").write_text(json.dumps(values))
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config.pop("unk_token")
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    model, tokenizer, _ = melayer.load(str(copy))
+    with pytest.raises(Exception, match="Missing"):
+        tokenizer("unknown")
+    assert melayer.locate(model, tokenizer, texts=[toys.text(20, x_at=4)]).me_layer == 3

@@ -175,3 +175,81 @@ def test_ids_of_the_demo_are_those_of_the_original(demo):
         (cache.cache_directory() / "gguf").joinpath(Path(demo.model.name_or_path).name, gguf.MANIFEST).read_text()
     )
     assert manifest["source"].endswith(".gguf")
+
+
+def test_two_loads_are_the_same_to_the_bit(gguf_file, tmp_path):
+    first, second = (gguf.convert(gguf_file, cache=tmp_path / name) for name in ("a", "b"))
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": range(2), "split": (0, 2)}, "is one of the 2 parts of a model.* Give the model as one file"),
+        ({"blocks": range(3)}, r"lacks 9 of the weights that its model needs \(the first is model.layers.3"),
+        ({"leave_out": ("output_norm.weight",)}, "lacks 1 of the weights .*model.norm.weight"),
+        ({"leave_out": ("token_embd.weight",)}, "lacks .*embed_tokens.weight"),
+        ({"n_blocks": 10**7}, "says that the model has 10,000,000 blocks, and holds 39 tensors"),
+    ],
+)
+def test_what_is_not_the_whole_model_is_refused_and_not_kept(options, message, tmp_path):
+    path = tmp_path / "part.gguf"
+    toys.write_gguf(path, **options)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=message):
+            gguf.convert(path, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists() or entries(tmp_path / "cache") == []
+
+
+def test_a_head_that_is_the_embedding_is_not_missing(tmp_path):
+    path = tmp_path / "tied.gguf"
+    toys.write_gguf(path, leave_out=("output.weight",))
+    model = AutoModelForCausalLM.from_pretrained(gguf.convert(path, cache=tmp_path / "cache"))
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("name", ["whole-00001-of-00001.gguf", "not-a-part-of-00002.gguf"])
+def test_one_part_of_one_is_the_whole(name, tmp_path):
+    toys.write_gguf(tmp_path / name, split=(0, 1))
+    assert gguf.is_whole(gguf.convert(tmp_path / name, cache=tmp_path / "cache"))
+
+
+def test_entries_of_an_older_conversion_are_not_read(gguf_file, tmp_path):
+    """One that lacked weights was completed with random numbers, and kept."""
+    entry = gguf.convert(gguf_file, cache=tmp_path)
+    content = (entry / "model.safetensors").read_bytes()
+    manifest = json.loads((entry / gguf.MANIFEST).read_text())
+    for changes in ({"format": 1}, {"files": {}}, {"source_sha256": "0" * 64}, {"files": {"config.json": 3}}):
+        (entry / gguf.MANIFEST).write_text(json.dumps(manifest | changes))
+        (entry / "model.safetensors").write_bytes(b"other")
+        assert not gguf.is_whole(entry)
+        assert gguf.convert(gguf_file, cache=tmp_path) == entry
+        assert (entry / "model.safetensors").read_bytes() == content
+
+
+def test_what_lies_beside_a_gguf_file_is_not_read(gguf_file, tmp_path):
+    """transformers would load the base of an adapter, the tokenizer's class, and settings of generation from there."""
+    path = tmp_path / "m" / "tiny.gguf"
+    path.parent.mkdir()
+    path.write_bytes(gguf_file.read_bytes())
+    toys.make("llama").save_pretrained(tmp_path / "other")
+    beside = {
+        "adapter_config.json": {"base_model_name_or_path": str(tmp_path / "other"), "peft_type": "LORA"},
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "chat_template": "mine"},
+        "generation_config.json": {"max_length": 7},
+    }
+    for name, values in beside.items():
+        (path.parent / name).write_text(json.dumps(values))
+    entry = gguf.convert(path, cache=tmp_path / "cache")
+    alone = gguf.convert(gguf_file, cache=tmp_path / "alone")
+    assert {file.name: file.read_bytes() for file in entry.iterdir()} == {
+        file.name: file.read_bytes() for file in alone.iterdir()
+    }
+
+
+def test_what_was_said_of_a_conversion_is_said_each_time(tmp_path):
+    path = tmp_path / "odd.gguf"
+    toys.write_gguf(path, pre="of-tomorrow")
+    for _ in range(2):
+        with pytest.warns(MelayerWarning, match="names the pre-tokenizer 'of-tomorrow'"):
+            gguf.convert(path, cache=tmp_path / "cache")

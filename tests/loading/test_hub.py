@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 import melayer
 import toys
+from hostile import checkpoints as hostile
 from melayer.errors import ModelError
 from melayer.loading import hub
-from melayer.loading.shards import INDEX
+from melayer.loading.checkpoint import weight_hashes
+from melayer.loading.files import INDEX
 
 TEXTS = [toys.text(20, x_at=0)]
 
@@ -113,7 +116,7 @@ def test_pickles_on_the_hub_are_not_fetched(fake):
         file.unlink()
     with pytest.raises(ModelError, match="has no safetensors weights on the hub"):
         hub.fetch("some/model")
-    assert fake.fetched == []
+    assert set(fake.fetched) <= {"config.json"}
 
 
 def test_a_shard_that_is_not_on_the_hub(fake):
@@ -124,16 +127,66 @@ def test_a_shard_that_is_not_on_the_hub(fake):
         hub.fetch("some/model")
 
 
-def test_one_file_of_a_repository(tmp_path, monkeypatch):
-    repository = tmp_path / "models--some--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("abc")
-    (repository / "snapshots" / "abc").mkdir(parents=True)
-    (repository / "snapshots" / "abc" / "there.json").write_text("{}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert hub.find_file("some/model", "there.json") == repository / "snapshots" / "abc" / "there.json"
-    assert hub.find_file("some/model", "there.json", here_only=True) is not None
-    # Neither a file that a repository does not hold nor a hub that does not answer is an error.
-    assert hub.find_file("some/model", "absent.json") is None
-    assert hub.find_file("other/model", "there.json", here_only=True) is None
+def test_a_whole_load_is_fetched_the_same_way(fake):
+    """What is read is one directory: what an index leads to, and which files are hashed, is the same as of one here."""
+    model, tokenizer, _ = melayer.load("some/model")
+    assert melayer.locate(model, tokenizer, texts=TEXTS).me_layer == 3
+    shards = {file.name for file in fake.remote.iterdir() if "-of-" in file.name}
+    assert set(weight_hashes(model)) == shards
+    assert "consolidated.safetensors" not in fake.fetched
+
+
+def test_an_index_on_the_hub_that_leads_elsewhere(fake, tmp_path):
+    index = json.loads((fake.remote / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = str(tmp_path / "outside.safetensors")
+    (fake.remote / INDEX).write_text(json.dumps(index))
+    for load in (melayer.load, melayer.locate_frugal):
+        with pytest.raises(ModelError, match="which is no file below its directory"):
+            load("some/model")
+
+
+def test_pickles_on_the_hub_are_fetched_if_asked(fake):
+    reference = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    for file in [*fake.remote.glob("*.safetensors"), fake.remote / INDEX]:
+        file.unlink()
+    torch.save(reference.state_dict(), fake.remote / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"It has pickles \(pytorch_model.bin\).* pass --allow-pickle"):
+        melayer.load("some/model")
+    assert fake.fetched == []
+    model = melayer.load("some/model", allow_pickle=True).model
+    assert torch.equal(model.model.norm.weight, reference.model.norm.weight)
+
+
+@pytest.fixture
+def adapter_on_the_hub(fake, tmp_path):
+    """An adapter on the hub, for a model here."""
+    fake.remote.rename(tmp_path / "base")
+    hostile.adapter(fake.remote, str(tmp_path / "base"))
+    return fake
+
+
+def test_an_adapter_on_the_hub(adapter_on_the_hub, tmp_path):
+    model = melayer.load("some/adapter").model
+    here = melayer.load(str(adapter_on_the_hub.remote)).model
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), here.parameters(), strict=True))
+    with pytest.raises(ModelError, match="some/adapter holds an adapter, which is merged .* Leave --frugal out"):
+        melayer.locate_frugal("some/adapter")
+
+
+def test_a_pickled_adapter_on_the_hub(adapter_on_the_hub):
+    (adapter_on_the_hub.remote / "adapter_model.safetensors").unlink()
+    torch.save(hostile._lora(), adapter_on_the_hub.remote / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"It has pickles \(adapter_model.bin\).* pass --allow-pickle"):
+        melayer.load("some/adapter")
+    assert adapter_on_the_hub.fetched == []
+    melayer.load("some/adapter", allow_pickle=True)
+
+
+def test_code_of_an_adapter_on_the_hub_does_not_run(adapter_on_the_hub, tmp_path):
+    own = {"AutoTokenizer": ["mine.MyTokenizer", "mine.MyTokenizer"]}
+    config = adapter_on_the_hub.remote / "tokenizer_config.json"
+    hostile.changed(config, tokenizer_class="MyTokenizer", auto_map=own)
+    hostile.code(tmp_path, adapter_on_the_hub.remote)
+    with pytest.raises(ModelError, match="brings its own modelling code"):
+        melayer.load("some/adapter")
+    assert not hostile.ran(tmp_path)

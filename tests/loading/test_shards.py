@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from melayer.errors import ModelError
-from melayer.loading.shards import INDEX, SINGLE, Reader, open_shards
+from melayer.loading.files import INDEX, SINGLE
+from melayer.loading.shards import Reader, open_shards
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 

@@ -121,7 +121,7 @@ def test_norm_and_ffn_jointly_are_recognised():
     assert layer.causes.jointly > 0.7
     assert layer.relative("gamma_flat_1.0") < 0.1
     assert layer.relative("ordinary_neurons") < 0.25
-    assert "norm and FFN create it jointly" in layer.sentence
+    assert "norm and FFN create most of it jointly" in layer.sentence  # 86 %
 
 
 def by_attention(text: str) -> nn.Module:

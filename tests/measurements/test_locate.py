@@ -4,7 +4,7 @@ import torch
 import melayer
 import toys
 from melayer.measurements.criterion import Criterion
-from melayer.measurements.locate.conclude import classify
+from melayer.measurements.locate.peak import classify
 
 CONTEXT = toys.text(20, x_at=4, seed=1)
 TEXTS = [CONTEXT, toys.text(30, x_at=4, seed=2), toys.text(12, x_at=4, seed=3)]

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 
 import melayer
 import toys
@@ -91,8 +92,24 @@ def test_progress_and_plain_values():
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert values["sentence"] == (
         f"Over 6 sequences of T = 32 tokens the perplexity is {result.perplexity:.2f} ({result.nll:.4f} nats a token, "
-        "186 tokens predicted)."
+        f"186 tokens predicted; 95 % interval {result.low:.2f} to {result.high:.2f} by sequence, which is rough with "
+        "so few)."
     )
+
+
+def test_the_interval_is_by_sequence():
+    model = toys.make("llama")
+    result = measured(model, T=32)
+    by_window = losses(model, rows(32))
+    assert [value / 31 for value in result.by_sequence] == pytest.approx(by_window, abs=1e-5)
+    ends = ttest_1samp(by_window, 0).confidence_interval()
+    assert (math.log(result.low), math.log(result.high)) == pytest.approx((ends.low, ends.high), abs=1e-5)
+    alone = measured(model, texts=[toys.text(40, x_at=0)], T=32)
+    assert (alone.n_sequences, alone.low, alone.high) == (1, None, None)
+    assert alone.sentence.endswith("tokens predicted; no interval from one sequence).")
+    many = measured(model, T=5)
+    assert many.n_sequences >= 20
+    assert "rough" not in many.sentence
 
 
 def test_logits_that_are_not_finite_are_said():

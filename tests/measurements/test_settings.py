@@ -8,6 +8,7 @@ import pytest
 import melayer
 import toys
 from melayer.data.rows import encode, windows
+from melayer.data.texts import builtin_texts
 from melayer.measurements import settings
 from melayer.measurements.criterion import Criterion
 
@@ -63,3 +64,10 @@ def test_the_criterion_is_all_of_its_fields():
     criterion = Criterion(min_abs=5, persistence=0.5)
     assert settings.criterion_settings(criterion) == asdict(criterion)
     assert list(settings.criterion_settings(criterion)) == list(get_type_hints(settings.CriterionSettings))
+
+
+def test_the_first_of_the_built_in_texts_are_built_in_also_where_they_are_handed_over():
+    """`--limit` hands them over, and so does `sweep`, which runs them several times."""
+    own = builtin_texts()
+    assert [settings.origin_of(texts) for texts in (None, own, own[:2], tuple(own[:1]))] == ["built-in"] * 4
+    assert [settings.origin_of(texts) for texts in (["w1"], own[1:], [*own, "w1"], [own[0] + " w1"])] == ["given"] * 4

@@ -5,6 +5,7 @@ import torch
 
 import toys
 from melayer.data.rows import Batch, Row
+from melayer.errors import InputError
 from melayer.model.forward import embedding_weight, forward, input_device, probe_ids
 
 
@@ -25,6 +26,16 @@ def test_a_batch_runs_as_the_model_would_run_it(family):
         with torch.no_grad():
             model(given.ids, attention_mask=given.attention_mask, use_cache=False)
     assert torch.equal(watched, seen["out"])
+
+
+@pytest.mark.parametrize("token", [toys.VOCAB, -1])
+def test_a_token_that_the_model_does_not_have_is_named(token):
+    model, given = toys.make("llama"), batch()
+    given.ids[0, 1] = token
+    with pytest.raises(
+        InputError, match=rf"The texts have the token {token}, but the model has tokens 0 to 63: this is"
+    ):
+        forward(model, given)
 
 
 def test_the_logits_of_one_place_are_made():

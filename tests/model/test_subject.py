@@ -1,8 +1,11 @@
 """What a measurement is made on is read once, and says of the model what results say."""
 
+import functools
+
 import pytest
 import torch
 
+import melayer
 import toys
 from masked import TEXT, logits, mask_of, model_of
 from melayer.data.rows import encode, windows
@@ -10,7 +13,7 @@ from melayer.data.texts import builtin_texts
 from melayer.errors import ArchitectureError, InputError
 from melayer.interventions.baked_prefix import BakedPrefix
 from melayer.interventions.comparators import FlatGamma
-from melayer.model import wiring
+from melayer.model import hooks, wiring
 from melayer.model.provenance import describe, fingerprint, require_same_model
 from melayer.model.subject import Subject
 
@@ -90,3 +93,71 @@ def test_other_weights_are_another_model():
     require_same_model(first, fingerprint(toys.make("llama", dtype=torch.bfloat16)), "in another dtype")
     with pytest.raises(InputError, match="^These are others.$"):
         require_same_model(first, second, "These are others.")
+
+
+@pytest.mark.parametrize("measure", ["locate", "explain", "rigidity", "sinks", "answers", "quant_check", "sweep"])
+def test_under_autocast_nothing_is_measured_and_the_advice_works(measure, tokenizer):
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    more = {"sinks": {"T": 16}, "answers": {"mask": mask_of(rate=0.5)}}.get(measure, {})
+    given = ["X w1"] if measure == "answers" else {"texts": [toys.text(40, x_at=0)]}
+    positional = [given] if measure == "answers" else []
+    named = {} if measure == "answers" else given
+    call = functools.partial(getattr(melayer, measure), model, tokenizer, *positional, **named, **more)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(InputError, match=r"Autocast is on: on cpu the model would compute in bfloat16"):
+            call()
+        if measure == "sinks":
+            with torch.autocast("cpu", enabled=False):
+                inside = call()
+    if measure == "sinks":
+        assert inside.to_dict() == call().to_dict()
+
+
+def test_a_mask_applied_under_autocast_is_read_as_without(tokenizer):
+    """Training applies one where autocast may be on."""
+    model = model_of("llama")
+    mask = mask_of(rate=0.5)
+    plain = mask.selected(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mask.selected(model) == plain
+
+
+def test_a_token_that_the_embedding_does_not_know_is_said_before_anything_runs(tokenizer):
+    model = toys.make("llama", vocab_size=40)
+    subject = Subject.of(model, tokenizer)
+    subject.rows(["w1 w2 w3"])
+    calls = n_calls(model)
+    for ask in (lambda: subject.rows(["w1 X"]), lambda: subject.windows([toys.text(20, x_at=3)], 8)):
+        with pytest.raises(InputError, match=r"Token id \d+ was given to LlamaForCausalLM, whose .* 40 rows"):
+            ask()
+    assert calls == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_no_pass_takes_a_token_that_the_embedding_does_not_know(family):
+    model = toys.make(family)
+    for ids in ([[1, 64]], [[-1, 2]]):
+        with hooks.measuring(model), pytest.raises(InputError, match="whose embedding has 64 rows"):
+            model(torch.tensor(ids))
+        with hooks.known_ids(model), pytest.raises(InputError, match="whose embedding has 64 rows"):
+            model(input_ids=torch.tensor(ids))
+    with hooks.measuring(model):
+        model(torch.tensor([[0, 63]]))
+        model(inputs_embeds=torch.zeros(1, 2, 64))
+    with pytest.raises(IndexError):
+        model(torch.tensor([[1, 64]]))  # nothing is left behind
+
+
+@pytest.mark.parametrize("positions", ["many", 0, -5, 2.5, True])
+def test_positions_that_are_no_number_of_tokens(tokenizer, positions):
+    model = toys.make("llama")
+    vars(model.config)["max_position_embeddings"] = positions
+    with pytest.raises(ArchitectureError, match="says max_position_embeddings = .*; expected a number of tokens"):
+        Subject.of(model, tokenizer)
+
+
+def test_a_model_that_does_not_run_is_said(tokenizer):
+    model = toys.make("llama")
+    vars(model.model.layers[0].input_layernorm)["variance_epsilon"] = "small"
+    with pytest.raises(ArchitectureError, match="LlamaForCausalLM does not run on a few tokens: .* Check its config"):
+        Subject.of(model, tokenizer)

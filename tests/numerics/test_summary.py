@@ -28,6 +28,7 @@ def activations(draw):
 def test_a_summary_is_what_the_rows_alone_give(drawn, k):
     hidden, lengths = drawn
     found = summarise(hidden, lengths, k=k, **BOUNDS)
+    counted, summed = np.zeros(hidden.shape[-1]), np.zeros(hidden.shape[-1])
     for row, length in enumerate(lengths):
         real = hidden[row, :length].double().numpy()
         magnitude = np.abs(real)
@@ -52,9 +53,15 @@ def test_a_summary_is_what_the_rows_alone_give(drawn, k):
         else:
             assert found.others_norm[row].isnan()
         assert found.n_non_finite[row] == 0
+        np.testing.assert_array_equal(found.massive_tokens[row, :length].numpy(), (magnitude > bound).any(axis=1))
+        assert not found.massive_tokens[row, length:].any()
+        counted += (magnitude > bound).sum(axis=0)
+        summed += np.where(magnitude > bound, real, 0.0).sum(axis=0)
         shown = min(length, MAP_TOKENS)
         np.testing.assert_array_equal(found.token_max[row, :shown].numpy(), magnitude.max(axis=1)[:shown])
         assert found.token_max[row, shown:].isnan().all()
+    np.testing.assert_array_equal(found.massive_in_dim.numpy(), counted)
+    np.testing.assert_allclose(found.massive_sum.numpy(), summed, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -65,6 +72,16 @@ def test_what_is_not_finite_is_counted_and_placed(bad):
     assert found.n_non_finite.tolist() == [0, 1]
     assert (found.tokens[1, 0].item(), found.dims[1, 0].item()) == (3, 2)
     assert found.values[0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_adds_nothing_to_the_dimensions(bad):
+    hidden = torch.full((2, 9, 4), 0.1)
+    hidden[:, 2, 1] = 50.0
+    hidden[1, 5, 3] = bad
+    found = summarise(hidden, [9, 9], k=2, **BOUNDS)
+    assert found.massive_in_dim.tolist() == [0, 1, 0, 0]
+    assert found.massive_sum.tolist() == [0.0, 50.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from melayer.presentation.numbers import number, percent, rectangle, rounded, share
+from melayer.presentation.numbers import change, number, percent, rectangle, rounded, share
 
 
 def test_rounded_keeps_so_many_significant_digits_in_the_same_shape():
@@ -49,5 +51,8 @@ def test_numbers_for_tables():
     assert percent(0.12345) == "12.3%"
     assert percent(1.5, 0) == "150%"
     assert percent(None) == "—"
-    assert (percent(-0.0001), share(-0.0001)) == ("-0.0%", "0.0%")
+    assert (percent(-0.0001), share(-0.0001), change(-0.0001), number(-0.04, 1)) == ("0.0%", "0.0%", "0.0%", "0.0")
+    assert (change(-0.1001), change(0.05), number(-0.06, 1)) == ("-10.0%", "+5.0%", "-0.1")
+    for value in (math.nan, math.inf, -math.inf):
+        assert {write(value) for write in (number, percent, share, change)} == {"—"}
     assert (share(-0.1), share(-0.001), share(None)) == ("-10.0%", "-0.1%", "—")

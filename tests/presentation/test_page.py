@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import hostile_stores
 import melayer
 from hand_made import HOSTILE
+from hostile import stores
 from melayer.errors import OutputError
 from melayer.presentation import figures
 from melayer.presentation.page import Page, check_writable, made_by, versions_fact, write_page
@@ -94,13 +94,13 @@ def test_what_json_cannot_hold_is_null_or_escaped(tmp_path):
 
 
 def files(directory):
-    return hostile_stores.found(directory)
+    return stores.found(directory)
 
 
 @pytest.mark.parametrize("name", ["report.html", "report.json"])
-@pytest.mark.parametrize("kind", hostile_stores.KINDS)
+@pytest.mark.parametrize("kind", stores.KINDS)
 def test_what_others_put_there_stays(tmp_path, name, kind):
-    hostile_stores.KINDS[kind](tmp_path / name)
+    stores.KINDS[kind](tmp_path / name)
     before = files(tmp_path)
     for write in (check_writable, lambda out: write_page(PAGE, out)):
         with pytest.raises(OutputError, match=f"{name} is|{name} was not written by melayer"):

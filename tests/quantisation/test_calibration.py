@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toys
+from hostile import masks
 from masked import model_of
 from melayer.data.rows import Row
 from melayer.errors import InputError, OutputError
 from melayer.model import wiring
 from melayer.numerics.grids import FORMATS, LARGEST
 from melayer.quantisation.calibration import ABOUT, GRANULARITIES, TENSORS, ScaleSet, maxima, read_scales, write_scales
-from melayer.quantisation.linear_inputs import find_linear_inputs
+from melayer.quantisation.linear_inputs import LinearInput, find_linear_inputs
 
 LENGTH = 7
 
@@ -173,3 +174,21 @@ def test_what_others_put_there_stays(tmp_path, inputs, sets, name):
     with pytest.raises(OutputError, match=f"{name} was not written by melayer"):
         write_scales(other, inputs, sets, ABOUT_MODEL)
     assert [(path.name, path.read_text()) for path in other.iterdir()] == [(name, "somebody's")]
+
+
+ONE = LinearInput(layer=0, paths=("a",), names=("a",), width=4)
+OF = ScaleSet("plain", "int8", "per-tensor")
+
+
+@pytest.mark.parametrize("name", masks.SCALES)
+def test_files_that_are_no_scales(name, tmp_path):
+    masks.SCALES[name](tmp_path / "s")
+    with pytest.raises(InputError) as refused:
+        read_scales(tmp_path / "s", [ONE], OF, "f00d")
+    assert "\n" not in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_the_builders_differ_from_a_good_one(tmp_path):
+    masks._scales()(tmp_path)
+    assert read_scales(tmp_path, [ONE], OF, "f00d") == (torch.tensor(0.5),)

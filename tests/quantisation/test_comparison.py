@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from scipy.stats import ttest_1samp
 
 from melayer.errors import InputError
 from melayer.quantisation.comparison import compared, difference
@@ -37,9 +38,10 @@ def test_only_a_loss_that_is_not_finite_is_refused():
 
 
 def test_a_difference_is_that_of_the_means_with_its_interval():
-    found = difference(score_of([4.0, 8.0], N), score_of([6.0, 12.0], N), N)
-    assert found.value == pytest.approx(6 / 8)
-    assert (found.low, found.high) == (pytest.approx(2 / 4), pytest.approx(4 / 4))  # one sequence drawn twice
+    found = difference(score_of([4.0, 8.0, 6.0], N), score_of([6.0, 12.0, 9.0], N), N)
+    assert found.value == pytest.approx(9 / 12)
+    expected = ttest_1samp([2 / N, 4 / N, 3 / N], 0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.shown
     alone = difference(score_of([4.0], N), score_of([6.0], N), N)
     assert (alone.value, alone.low, alone.high) == (0.5, None, None)

@@ -10,7 +10,7 @@ NONE = {"calibration": Elsewhere(0, 70), "evaluation": Elsewhere(0, 70)}
 BAKED = {"baked": SimpleNamespace(unwritable=None)}
 
 
-def said(me_layer=3, prefix=MASSIVE, elsewhere=NONE, n_sequences=10, baked=BAKED):
+def said(me_layer=3, prefix=MASSIVE, elsewhere=NONE, n_sequences=20, baked=BAKED):
     return list(remarks(me_layer, prefix, elsewhere, n_sequences, baked))
 
 
@@ -39,7 +39,7 @@ def test_massive_tokens_behind_the_prefix():
 
 
 def test_few_sequences():
-    assert said(n_sequences=9) == ["With 9 sequences the intervals are rough."]
+    assert said(n_sequences=19) == ["With 19 sequences the intervals are rough."]
 
 
 def test_a_prefix_that_is_no_keys_and_values():

@@ -86,7 +86,7 @@ def test_without_a_prefix_nothing_is_baked(without_prefix):
     plan = plan_of(without_prefix)
     assert plan.treatments == ("plain", "mask")
     assert [note.split(",")[0] for note in plan.notes] == ["Not measured: baked", "Not measured: baked+mask"]
-    assert "give a prefix (--prefix)" in plan.notes[0]
+    assert "ask for one (--bos or --prefix)" in plan.notes[0]
 
 
 def test_a_mask_that_does_not_fit_is_left_out_unless_it_was_asked_for():

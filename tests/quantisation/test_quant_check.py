@@ -218,15 +218,21 @@ def test_without_a_first_token_that_is_always_there_nothing_is_baked(model):
     result = measured(model, prefix=None, bos=False, formats=["int8"], granularities=["per-tensor"])
     assert result.prefix.ids == ()
     assert result.settings["treatments"] == ["plain"]  # no X, no ME layer
-    with pytest.raises(InputError, match=r"Treatment 'baked' cannot be measured: without a begin-of-sequence token"):
+    with pytest.raises(InputError, match=r"Treatment 'baked' cannot be measured: the tokenizer puts no token in front"):
         measured(model, prefix=None, bos=False, treatments=["baked"])
 
 
-def test_the_prefix_is_bos_where_there_is_one(model):
-    result = measured(model, prefix=None, formats=["int8"], granularities=["per-tensor"], treatments=["plain", "baked"])
+def test_the_prefix_is_bos_where_it_is_asked_for(model):
+    options = {"formats": ["int8"], "granularities": ["per-tensor"]}
+    result = measured(model, prefix=None, bos=True, treatments=["plain", "baked"], **options)
     assert result.prefix.ids == (1,)
-    assert result.settings["bos"] == {"asked": None, "is_prefix": True}
+    assert result.settings["bos"] == {"asked": True, "is_prefix": True}
     assert result.unquantised.nll == pytest.approx(nll(model, sequences(prefix=(1,))), abs=1e-5)
+    # This tokenizer has BOS, but never puts it in front: so nothing is put there unless it is asked for.
+    result = measured(model, prefix=None, treatments=["plain"], **options)
+    assert result.prefix.ids == ()
+    assert result.settings["bos"] == {"asked": None, "is_prefix": False}
+    assert result.unquantised.nll == pytest.approx(nll(model, sequences(prefix=()), n_prefix=0), abs=1e-5)
 
 
 def test_massive_tokens_elsewhere_are_left_out_of_calibration_and_counted(model):
@@ -446,6 +452,7 @@ def test_the_demo_model(demo):
         formats=["int8"],
         granularities=["per-tensor", "per-token"],
         treatments=["plain", "baked"],
+        bos=True,
         n_sequences=12,
         name="demo",
     )

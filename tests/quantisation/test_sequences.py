@@ -30,11 +30,25 @@ def sequences(subject, prefix=(toys.X,), texts=TEXTS, calibration=OTHERS, T=16, 
 # --- the prefix ----------------------------------------------------------------------------------------------------
 
 
-def test_the_prefix_is_what_was_given_or_the_token_of_the_tokenizer(subject):
+def test_the_prefix_is_what_was_given_or_what_the_tokenizer_puts_in_front(subject):
     bos = toys.tokenizer().bos_token_id
     assert prefix_of(subject, [4, 5], None) == prefix_of(subject, [4, 5], False) == (4, 5)
-    assert prefix_of(subject, None, None) == prefix_of(subject, None, True) == (bos,)
-    assert prefix_of(subject, None, False) == ()
+    assert prefix_of(subject, None, None) == ()  # this tokenizer has BOS, but does not put it in front
+    assert prefix_of(subject, None, True) == (bos,)
+    adding = Subject(subject.decoder, toys.beginning_tokenizer(), subject.info)
+    assert prefix_of(adding, None, None) == prefix_of(adding, None, True) == (bos,)
+    assert prefix_of(subject, None, False) == prefix_of(adding, None, False) == ()
+
+
+def test_a_text_that_begins_with_the_prefix_does_not_get_it_twice():
+    words = toys.text(11, x_at=None)
+    for tokenizer in (toys.tokenizer(), toys.beginning_tokenizer()):
+        plain, brought, twice = (
+            cut(tokenizer, [f"{begins}{words}"], (1,), 6, 9) for begins in ("", "<s> ", "<s> <s> ")
+        )
+        assert [row.ids for row in plain] == [row.ids for row in brought]
+        assert [row.own_bos for row in brought] == [1, 0]
+        assert twice[0].ids[:2] == (1, 1)  # what the text has beside it stays
 
 
 def test_a_tokenizer_without_such_a_token_gives_none_and_is_not_asked_for_one(subject):

@@ -1,10 +1,10 @@
 """What melayer wrote is told from what others did, by what the file says of itself and by what kind of thing it is."""
 
+import hostile_stores
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import hostile_stores
 from melayer.errors import OutputError
 from melayer.runs import atomic, ours
 

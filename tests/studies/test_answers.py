@@ -37,7 +37,26 @@ def test_both_sides_are_what_generate_gives(model):
         assert answer.masked == tokenizer.decode(masked, skip_special_tokens=True)
         assert (answer.first_difference is None) == torch.equal(plain, masked)
     same = sum(answer.first_difference is None for answer in result.answers)
-    assert result.sentence == f"The mask leaves {same} of 2 answers as they are."
+    assert result.sentence.startswith(f"The mask leaves {same} of 2 answers as they are.")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_answers_that_are_cut_off(model, monkeypatch, several):
+    """Whatever is the third token ends an answer: with room for three it has ended, with room for two it is cut off."""
+    asked = {"prompts": [PROMPT], "mask": MASK}
+    third = melayer.answers(model, toys.tokenizer(), **asked, max_new_tokens=3).answers[0].plain.split()[2]
+    end = toys.tokenizer().convert_tokens_to_ids(third)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [2, end] if several else end)
+    two, three = (melayer.answers(model, toys.tokenizer(), **asked, max_new_tokens=n).answers[0] for n in (2, 3))
+    assert (two.plain_cut, three.plain_cut) == (True, False)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    never = melayer.answers(model, toys.tokenizer(), **asked, max_new_tokens=3)
+    assert (never.answers[0].plain_cut, never.answers[0].masked_cut) == (True, True)
+    assert never.sentence.endswith(
+        "At 3 tokens 1 plain and 1 masked answers were cut off; raise --max-new-tokens (max_new_tokens=...) to see "
+        "their ends."
+    )
+    assert never.to_dict()["answers"][0]["plain_cut"] is True
 
 
 def test_a_mask_of_nothing_changes_nothing_also_when_drawing(model):
@@ -173,3 +192,17 @@ def test_the_model_is_as_it_was_also_when_interrupted(model):
 def test_another_mask_at_work_is_refused(model):
     with WeMask(rate=0.5, layers=[5]).apply(model), pytest.raises(InputError, match="applied to this model"):
         melayer.answers(model, toys.tokenizer(), [PROMPT], mask=MASK, max_new_tokens=2)
+
+
+def test_a_prompt_that_brings_bos_does_not_get_another():
+    tokenizer = toys.beginning_tokenizer()
+    assert prompt_ids(tokenizer, "w4 w5", False) == prompt_ids(tokenizer, "<s> w4 w5", False) == [1, 7, 8]
+    assert prompt_ids(tokenizer, "<s> <s> w4", False) == [1, 1, 7]
+    assert prompt_ids(toys.tokenizer(), "w4", False) == [7]
+
+
+def test_a_token_beyond_the_embedding_is_said(model):
+    tokenizer = toys.tokenizer()
+    tokenizer.add_tokens(["beyond"])
+    with pytest.raises(InputError, match="The texts have the token 64, but the model has tokens 0 to 63"):
+        melayer.answers(model, tokenizer, ["w1 beyond"], mask=MASK, max_new_tokens=2)

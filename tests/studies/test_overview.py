@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -255,3 +256,16 @@ def test_the_problem_listener_can_fail(chromium, tmp_path):
     _, problems = opened(chromium, bad)
     assert any("localhost:9" in problem for problem in problems)
     assert any("undefined" in problem for problem in problems)
+
+
+def test_the_page_of_a_sweep_over_the_built_in_texts_says_that_they_are(tmp_path):
+    model = toys.plant(toys.make("llama"), [(3, 7, 3000.0)])
+    with torch.no_grad():  # BOS becomes massive, whatever the text
+        embedding = model.get_input_embeddings().weight
+        embedding[:, toys.LISTEN] = 0.0
+        embedding[1, toys.LISTEN] = 20.0
+    options = {"bos": True, "rates": [0], "selectors": ["random"], "T": 16}
+    result = melayer.sweep(model, toys.tokenizer(), **options)
+    assert result.settings["texts"] == result.located.settings["texts"] == "built-in"
+    written = melayer.write_report(result.located, tmp_path, sweep=result)
+    assert "<td>built-in: 8 texts, " in written.html.read_text(encoding="utf-8")

@@ -3,11 +3,13 @@
 import dataclasses
 import io
 import json
+import math
 import warnings
 
 import pytest
 import torch
 from rich.console import Console
+from scipy.stats import ttest_1samp
 
 import melayer
 import toys
@@ -105,7 +107,7 @@ def test_what_a_mask_takes_its_options_from(model, result):
 
 
 def test_a_mask_without_a_target_is_noted_once(result):
-    (note,) = [note for note in result.notes if "has no target" in note]
+    (note,) = [note for note in result.notes if "masked first token is not massive" in note]
     assert note.startswith("In 1 of 3 sequences the masked first token is not massive")
 
 
@@ -144,6 +146,56 @@ def test_to_dict_is_plain_and_stable(result):
     assert SweepPoint.from_dict(values["plain"]) == result.plain
 
 
+def test_differences_are_those_of_the_sequences(model, result):
+    """Each mask against the plain model by Student's t over what each sequence loses, from perplexity alone."""
+    located = melayer.locate(model, toys.tokenizer(), texts=TEXTS)
+    plain = melayer.perplexity(model, toys.tokenizer(), texts=TEXTS, T=32)
+    values = result.to_dict()
+    assert len(values["differences"]) == len(result.masked) == 4
+    for point, by in zip(result.masked, values["differences"], strict=True):
+        mask = WeMask.from_located(located, selector=point.selector, rate=point.rate)
+        with warnings.catch_warnings(), mask.apply(model):
+            warnings.simplefilter("ignore", MelayerWarning)
+            masked = melayer.perplexity(model, toys.tokenizer(), texts=TEXTS, T=32)
+        change = [(b - a) / 31 for a, b in zip(plain.by_sequence, masked.by_sequence, strict=True)]
+        expected = ttest_1samp(change, 0).confidence_interval()
+        assert by["value"] == pytest.approx(sum(change) / 3)
+        assert (by["low"], by["high"]) == pytest.approx((expected.low, expected.high))
+        # In percent of the perplexity it is the same interval.
+        assert math.log1p(result.change(point)) == pytest.approx(by["value"])
+        assert result.change_interval(point) == pytest.approx((math.expm1(by["low"]), math.expm1(by["high"])))
+        assert (point.perplexity_low, point.perplexity_high) == (masked.low, masked.high)
+    assert "With 3 sequences the intervals of the perplexities are rough." in result.notes
+
+
+def test_one_sequence_has_no_interval(model):
+    alone = measured(model, texts=TEXTS[:1], rates=[0.5], selectors=["weight"])
+    assert alone.n_sequences == 1
+    by = alone.difference(alone.masked[0])
+    assert by.value == pytest.approx(math.log1p(alone.change(alone.masked[0])))
+    assert (by.low, by.high, alone.change_interval(alone.masked[0])) == (None, None, None)
+    assert "One sequence gives no intervals: give more or longer texts, or a smaller T." in alone.notes
+    assert "interval" not in alone.sentence
+
+
+def test_what_an_older_version_kept_has_no_interval(model, result, tmp_path):
+    file = tmp_path / "sweep.jsonl"
+    measured(model, resume=file)
+    head, *lines = map(json.loads, file.read_text().splitlines())
+    for line in lines[1:]:
+        for field in ("nll_by_sequence", "perplexity_low", "perplexity_high"):
+            del line["point"][field]
+    file.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+    older = measured(model, resume=file)
+    assert [point.perplexity for point in older.points] == [point.perplexity for point in result.points]
+    assert older.to_dict()["differences"] == [None] * 4
+    assert any("An older version kept weight 0.5, weight 1, random 0.5, random 1 without" in at for at in older.notes)
+    shown = io.StringIO()
+    show_sweep(older, Console(file=shown, width=100))
+    assert "Against the plain model" not in shown.getvalue()
+    section(older)
+
+
 def test_the_sentence_is_of_the_figures(result):
     def with_perplexities(*values):
         pairs = zip(result.masked, values, strict=True)
@@ -151,7 +203,7 @@ def test_the_sentence_is_of_the_figures(result):
         made = tuple(dataclasses.replace(p, sink_rate_after_me=place / 4) for place, p in enumerate(made))
         return dataclasses.replace(
             result,
-            plain=dataclasses.replace(result.plain, perplexity=20.0, sink_rate_after_me=0.9),
+            plain=dataclasses.replace(result.plain, perplexity=20.0, sink_rate_after_me=0.9, nll_by_sequence=()),
             masked=made,
         ).sentence
 
@@ -316,7 +368,7 @@ def test_no_number_is_ever_cut(result, width):
     lines = file.getvalue().splitlines()
     assert all(len(line) <= width for line in lines)
     assert result.sentence in " ".join(" ".join(lines).split())
-    shown = next(line for line in lines if line.split()[:1] == ["weight"] and line.count("%") == 3).split()
+    shown = next(line for line in lines if line.split()[:1] == ["weight"] and "/" in line).split()
     point = result.masked[0]
     assert shown[:4] == ["weight", "0.5", f"{point.perplexity:.2f}", f"{result.change(point):+.1%}"]
     assert shown[5] == f"{point.sink_rate_after_me:.1%}"

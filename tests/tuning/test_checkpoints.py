@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -76,7 +77,16 @@ def killed_job(method: str, out: Path, lora: bool, when: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "lora", "when"),
-    [("sft", False, "between"), ("dpo", True, "during"), ("grpo", False, "during"), ("sft", True, "at the end")],
+    [
+        ("sft", False, "between"),
+        ("sft", True, "at the end"),
+        ("dpo", False, "between"),
+        ("dpo", True, "during"),
+        ("dpo", False, "at the end"),
+        ("grpo", True, "between"),
+        ("grpo", False, "during"),
+        ("grpo", True, "at the end"),
+    ],
 )
 def test_killed_and_resumed_is_undisturbed(method, lora, when, tmp_path):
     out, said = tmp_path / "killed", tmp_path / "said"
@@ -88,7 +98,7 @@ def test_killed_and_resumed_is_undisturbed(method, lora, when, tmp_path):
         assert (out / checkpoints.STAGING).is_dir()
     undisturbed = job(method, tmp_path / "whole", lora=lora)
     resumed = job(method, out, lora=lora, resume=True)
-    expected = {"between": 4, "during": 3 if method == "grpo" else 4, "at the end": 7}[when]
+    expected = 7 if when == "at the end" else 3 if method == "grpo" else 4
     assert resumed.resumed_from == expected
     assert resumed.steps == undisturbed.steps == 7
     assert not (out / checkpoints.STAGING).exists()
@@ -172,6 +182,135 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path):
     assert last is None or all(
         torch.isfinite(value).all() for value in _weights(last[1] / "model.safetensors").values()
     )
+
+
+# --- what fails before anything is learnt, and after ----------------------------------------------------------------
+
+
+def raising(at):
+    """A reward that raises at its n-th call."""
+    calls = []
+
+    def reward(completions, **more):
+        calls.append(1)
+        if len(calls) >= at:
+            raise LookupError("no such answer\nsecond line")
+        return small_runs.n_even(completions, **more)
+
+    return reward
+
+
+def listing(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"lr_scheduler_kwargs": {"x": 1}}, "Training failed before its first step: .*unexpected keyword argument 'x'"),
+        ({"optim_args": "x"}, "Training failed before its first step: "),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"x": 1}},
+            "Unexpected keyword arguments: x",
+        ),
+        ({"loss_type": "x"}, "The trainer refuses this: Invalid `loss_type` x"),
+        ({"eos_token": "nope"}, "The trainer refuses this: .*is not found in the vocabulary"),
+        ({"learning_rate": -1.0}, "The option learning_rate is -1.0; expected 0 or more"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_nothing_and_the_corrected_one_runs_there(config, said, tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "notes.txt").write_text("mine")
+    (there / "log.jsonl").write_text("mine, too\n")
+    for out in (tmp_path / "a" / "b", there):
+        before = listing(tmp_path)
+        with pytest.raises(InputError, match=said) as refused:
+            job("sft", out, config={**config, "max_steps": 1})
+        assert "\n" not in str(refused.value)
+        assert listing(tmp_path) == before
+    assert (there / "log.jsonl").read_text() == "mine, too\n"
+    assert job("sft", tmp_path / "a" / "b", config={"max_steps": 1}).steps == 1
+
+
+def test_a_reward_that_raises_at_once_leaves_nothing(tmp_path):
+    said = "Training failed before its first step: .*no such answer. Nothing was learnt, and nothing is kept"
+    with pytest.raises(InputError, match=said):
+        job("grpo", tmp_path / "o", rewards=[raising(1)])
+    assert listing(tmp_path) == []
+    assert job("grpo", tmp_path / "o", config={"max_steps": 1}).steps == 1
+
+
+def test_a_reward_that_raises_later_keeps_what_was_learnt(tmp_path):
+    out = tmp_path / "o"
+    said = (
+        "Training failed after step 4: .*no such answer. It stopped, and the checkpoint of step 3 is kept; go on with"
+    )
+    with pytest.raises(TrainingError, match=said):
+        job("grpo", out, rewards=[raising(3)])
+    assert checkpoints.last(out)[0] == 3
+    assert json.loads((out / run_directory.FILE).read_text())["status"] == "running"
+
+
+def numbers(text):
+    return lambda completions, **_: text
+
+
+@pytest.mark.parametrize("given", [None, "x", [1.0], ["a"] * 4, [[1]] * 4, [None, "x", 1, 2]])
+def test_a_reward_that_returns_no_numbers_is_a_sentence(given, tmp_path):
+    with pytest.raises((InputError, TrainingError)) as refused:
+        job("grpo", tmp_path / "o", rewards=[numbers(given)])
+    assert "\n" not in str(refused.value)
+
+
+def stopped_after(out, step):
+    """A run that was stopped after this step, with checkpoints."""
+
+    def stop(done, *_):
+        if done > step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job("sft", out, progress=stop, config={"logging_steps": 1})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["melayer_state_0.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"],
+)
+def test_a_checkpoint_that_is_damaged_is_said_and_the_one_before_it_goes_on(name, tmp_path):
+    out = tmp_path / "o"
+    stopped_after(out, 4)
+    file = out / "checkpoint-4" / name
+    whole = file.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"\0" * 64):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            InputError, match=r"Remove .*checkpoint-4 to go on from the checkpoint before it"
+        ) as refused:
+            job("sft", out, resume=True, config={"logging_steps": 1})
+        assert "\n" not in str(refused.value)
+    shutil.rmtree(out / "checkpoint-4")  # the advice
+    assert job("sft", out, resume=True, config={"logging_steps": 1}).resumed_from == 2
+
+
+STATES = {
+    "a list": [], "empty": {}, "one more": {"x": 1}, "loss": {"loss": "1"},
+    "loss of integers": {"loss": torch.tensor(1)},
+    "losses": {"loss": torch.ones(2)}, "last_logged": {"last_logged": "4"}, "last_logged below 0": {"last_logged": -1},
+    "tokens": {"tokens": True}, "metrics": {"metrics": [1]}, "metrics of numbers": {"metrics": {"a": 1}},
+}  # fmt: skip
+
+
+def test_a_state_of_another_form_is_refused(tmp_path):
+    out = tmp_path / "o"
+    stopped_after(out, 2)
+    file = out / "checkpoint-2" / "melayer_state_0.pt"
+    good = torch.load(file, weights_only=True)
+    for changes in STATES.values():
+        torch.save({**good, **changes} if changes and isinstance(changes, dict) else changes, file)
+        with pytest.raises(InputError, match="melayer_state_0.pt cannot be read: it"):
+            job("sft", out, resume=True, config={"logging_steps": 1})
 
 
 # --- no space -------------------------------------------------------------------------------------------------------

@@ -5,13 +5,17 @@ import json
 
 import pytest
 from datasets import Dataset, load_dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 import small_runs
 import toys
+from hostile import corpora
 from melayer.errors import InputError
 from melayer.tuning import data as training_data
 from melayer.tuning import rows as training_rows
-from melayer.tuning.data import RowOptions, read
+from melayer.tuning.data import RowOptions
+from melayer.tuning.sources import source_of
 
 PROMPT, ANSWER = "X w1 w2", "w3 w4"
 USER, ASSISTANT = {"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}
@@ -39,6 +43,10 @@ def marking():
         "{% if add_generation_prompt %}w2 {% endif %}"
     )
     return tokenizer
+
+
+TOKENIZERS = [toys.tokenizer(), toys.tokenizer()]
+TOKENIZERS[1].chat_template = small_runs.TEMPLATE
 
 
 def prepare(method, data, tokenizer, *, max_length=None, seed=0, **options):
@@ -70,7 +78,8 @@ def written(directory, kind, rows):
 def test_every_kind_of_file(kind, plain, tmp_path):
     rows = small_runs.answers(5)
     path = written(tmp_path, kind, rows)
-    assert read(str(path)).to_list() == rows
+    source = source_of(path)
+    assert [value() for _, value in source.rows(source.columns)] == rows
     # A file, a Dataset and a list of the same rows are the same.
     whole = [prepare("sft", data, plain) for data in (path, Dataset.from_list(rows), rows)]
     assert len({prepared.sha256 for prepared in whole}) == 1
@@ -83,15 +92,15 @@ def test_files_that_are_none(tmp_path):
         if content is not None:
             path.write_text(content)
         with pytest.raises(InputError, match=match):
-            read(str(path))
+            source_of(path)
 
     refused("missing.jsonl", None, "There is no file .*missing.jsonl. Give a file with training rows")
     refused("empty.jsonl", "", "empty.jsonl is empty. Give a file with at least one row")
-    refused("rows.txt", "a", "rows.txt is not a file of rows; expected .jsonl, .json, .parquet or .csv, also with .gz")
-    refused("broken.jsonl", '{"a": 1\n{"b"', "broken.jsonl cannot be read: ")
-    refused("broken.parquet", "PAR0", "broken.parquet cannot be read: ")
-    with pytest.raises(InputError, match="is not a file of rows"):
-        read(str(tmp_path))
+    refused("rows.txt", "a", "rows.txt is not a file of rows but plain text; expected JSON lines, a JSON list, parquet")
+    refused("broken.jsonl", '{"a": 1\n{"b"', "No row of .*broken.jsonl can be used; the first, line 1: no JSON: ")
+    refused("broken.parquet", "PAR1", "broken.parquet cannot be read as parquet: ")
+    with pytest.raises(InputError, match="cannot be read: it is a directory"):
+        source_of(tmp_path)
 
 
 def test_a_set_that_the_hub_does_not_give(monkeypatch):
@@ -100,7 +109,7 @@ def test_a_set_that_the_hub_does_not_give(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(InputError, match="owner/name is not a file here, and cannot be had from the hub: no network"):
-        read("owner/name")
+        source_of("owner/name")
     assert load_dataset is not offline
 
 
@@ -174,7 +183,7 @@ def test_chats(plain, chat, marking):
     foreign = [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": ANSWER}]
     assert one("sft", {"conversations": foreign}, chat) == {"prompt": [USER], "completion": [ASSISTANT]}
     for messages, match in (
-        ([USER], "Row 0 of the data .counted from 0. is malformed: the last message is not the assistant's"),
+        ([USER], "No row of the data is left .* row 0, counted from 0: the last message is not the assistant's"),
         ([ASSISTANT], "there is no message before the assistant's"),
         ([{"role": "narrator", "content": "w1"}, ASSISTANT], "a message has role 'narrator'"),
         ("w1", "expected a list of messages, found a str"),
@@ -307,3 +316,93 @@ def test_only_the_first_rows(plain):
     assert len(prepare("sft", small_runs.answers(9), plain, limit=4).rows) == 4
     with pytest.raises(InputError, match="limit is 0; expected at least 1"):
         prepare("sft", small_runs.answers(9), plain, limit=0)
+
+
+# --- rows that cannot be used -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", corpora.ROWS)
+def test_hostile_rows_cost_themselves_alone(name, plain, chat, tmp_path):
+    path = corpora.ROWS[name](tmp_path)
+    good = corpora.GOOD[name]
+    tokenizer = chat if "messages" in name else plain
+    if not good:
+        with pytest.raises(InputError, match=r"cannot be read: it is a|No row of .* is left to train on"):
+            prepare("sft", path, tokenizer)
+        return
+    prepared = prepare("sft", path, tokenizer)
+    assert len(prepared.rows) == good
+    total = sum(prepared.left_out.values())
+    assert bool(prepared.notes) == bool(total)
+
+
+def test_a_row_that_is_malformed_is_left_out_counted_and_named(plain):
+    rows = [*small_runs.answers(3), {"prompt": 3, "response": "w1"}, None, {"prompt": "w1 \ud800", "response": "w2"}]
+    prepared = prepare("sft", rows, plain)
+    assert len(prepared.rows) == 3
+    assert prepared.left_out == {"empty": 0, "too_long": 0, "malformed": 3}
+    assert prepared.notes == (
+        "3 rows are left out of the data: row 3, counted from 0: messages need a tokenizer with a chat template; "
+        "row 4, counted from 0: null and no object with columns; row 5, counted from 0: it holds U+D800 at character "
+        "3, half of a surrogate pair.",
+    )
+
+
+def test_a_template_that_refuses_costs_the_row(plain):
+    tokenizer = toys.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    rows = [{"prompt": "w1", "response": "w2"}]
+    assert len(prepare("sft", rows, tokenizer, max_length=9).rows) == 1
+    with pytest.raises(
+        InputError, match="No row of the data is left .* row 0, counted from 0: System role not supported"
+    ):
+        prepare("sft", rows, tokenizer, max_length=9, system="w3")
+
+
+def test_a_token_beyond_the_embedding_costs_the_row(plain):
+    tokenizer = toys.tokenizer()
+    tokenizer.add_tokens(["beyond"])
+    rows = [{"text": "w1 w2"}, {"text": "w1 beyond"}]
+    prepared = training_data.prepare("sft", rows, tokenizer, RowOptions(), max_length=9, vocabulary=toys.VOCAB)
+    assert len(prepared.rows) == 1
+    assert "it has the token 64, and the model has tokens 0 to 63" in prepared.notes[0]
+
+
+def test_bos_that_a_row_brings_reaches_the_trainer_once():
+    tokenizer = toys.beginning_tokenizer()
+    for row, part in (({"text": "<s> w4 w5"}, "text"), ({"prompt": "<s> w4 w5", "response": "w6"}, "prompt")):
+        prepared = prepare("sft", [row, {name: value.removeprefix("<s> ") for name, value in row.items()}], tokenizer)
+        own, plain = prepared.rows
+        assert tokenizer(own[part])["input_ids"] == tokenizer(plain[part])["input_ids"] == [1, 7, 8]
+        assert prepared.notes[0].startswith("1 rows bring the begin-of-sequence token themselves")
+    twice = prepare("sft", [{"text": "<s> <s> w4"}], tokenizer).rows[0]
+    assert tokenizer(twice["text"])["input_ids"] == [1, 1, 7]
+    # A tokenizer that adds none gets what there is.
+    assert one("sft", {"text": "<s> w4"}, toys.tokenizer()) == {"text": "<s> w4"}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "a"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(json_values | st.dictionaries(st.sampled_from(["prompt", "response"]), json_values), max_size=5), st.data()
+)
+def test_no_good_row_is_lost_whatever_stands_beside_it(others, data):
+    good = small_runs.answers(2)
+    rows = [good[0]]
+    for other in [*others, good[1]]:
+        rows.insert(data.draw(st.integers(0, len(rows))), other)
+    for tokenizer in TOKENIZERS:
+        prepared = prepare("sft", rows, tokenizer)
+        kept = [str(row) for row in prepared.rows]
+        assert all(str(one("sft", row, tokenizer)) in kept for row in good)
+        assert len(prepared.rows) + sum(prepared.left_out.values()) == len(rows)

@@ -216,6 +216,23 @@ def test_without_beta_there_is_no_reference(tokenizer, tmp_path):
     assert "beta is 0, so there is no reference model and no KL." in result.notes
 
 
+def test_completions_that_are_cut_off_are_said(tokenizer, tmp_path):
+    seen = []
+
+    def reward(completion_ids, **_):
+        seen.extend(completion_ids)
+        return [float(i) for i in range(len(completion_ids))]
+
+    result = melayer.grpo(
+        small_runs.model(), tokenizer, small_runs.problems(), out=tmp_path / "o", mask=small_runs.mask(),
+        rewards=[reward], instruction="", config=rollouts(max_steps=1, beta=0.0),
+    )  # fmt: skip
+    share = sum(ids[-1] not in (tokenizer.eos_token_id, tokenizer.pad_token_id) for ids in seen) / len(seen)
+    assert result.last["completions/clipped_ratio"] == pytest.approx(share)
+    assert share > 0.05
+    assert f"{share:.1%} of the completions of training were cut off at 8 tokens" in " ".join(result.notes)
+
+
 def rollouts(**options):
     return small_runs.small(
         **{"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 8, **options}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hostile_stores
 from damaged import damaged
+from hostile import stores
 from melayer.errors import InputError, MelayerError, MelayerWarning, OutputError
 from melayer.runs import jsonl
 from melayer.tuning import checkpoints, run_directory
@@ -38,14 +38,14 @@ def begun(out, *steps):
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize(
-    "name", [name for name in hostile_stores.STORES if any(at in name for at in ("tune.json", ".unfinished", "log."))]
+    "name", [name for name in stores.STORES if any(at in name for at in ("tune.json", ".unfinished", "log."))]
 )
 def test_what_others_put_there_stays(tmp_path, name, resume):
-    hostile_stores.STORES[name](tmp_path)
-    before = hostile_stores.found(tmp_path)
+    stores.STORES[name](tmp_path)
+    before = stores.found(tmp_path)
     with pytest.raises(MelayerError):
         opened(tmp_path, resume=resume)
-    assert hostile_stores.found(tmp_path) == before
+    assert stores.found(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_the_directory_holds_all_of_it(tuned):
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "melayer_mask.json", "melayer_tune.json", "log.jsonl", "report.html", "report.json", "checkpoint-2",
+        "README.md",
     }  # fmt: skip
     record = json.loads((out / "melayer_tune.json").read_text())
     assert record["status"] == "finished"
@@ -109,10 +110,32 @@ def test_contrast_says_what_it_measured(tuned, base, tmp_path):
     done = run(*arguments, "--out", tmp_path / "page")
     assert done.exit_code == 0, done.output
     assert "The ME layer is block 3 in both; the sink rate after block 3" in done.stdout
-    assert "After: measured under its mask (weight 0.5)." in done.stdout
+    assert "Masked: under the mask of the second model (weight 0.5, strength 1)." in done.stdout
+    for column in ("before, masked", "after, masked", "by training", "by the mask", "by both"):
+        assert column in done.stdout
     assert (tmp_path / "page" / "report.html").exists()
-    without = run(*arguments, "--no-mask", "--json")
-    assert json.loads(without.stdout)["notes"] == []
+    values = json.loads(run(*arguments, "--json").stdout)
+    assert [values[name]["mask"] is None for name in ("before", "before_masked", "after", "after_masked")] == [
+        True, False, True, False,
+    ]  # fmt: skip
+    of = {figure["name"]: figure for figure in values["figures"]}["effective rank of what attention reads"]
+    assert of["before_masked"] != of["before"]  # what the mask does to the model that was never trained with it
+    whole = of["training"] + of["mask"] + of["interaction"]
+    assert whole == pytest.approx(of["after_masked"] - of["before"])
+    without = json.loads(run(*arguments, "--no-mask", "--json").stdout)
+    assert (without["notes"], without["before_masked"], without["after_masked"]) == ([], None, None)
+    # The same weights without the mask: what was measured beside it.
+    assert without["figures"][5]["after"] == {f["name"]: f for f in values["figures"]}["sink rate"]["after"]
+
+
+def test_contrast_with_a_plain_second_model_leaves_the_first_one_s_mask_out(tuned, base):
+    out, _ = tuned
+    arguments = ("contrast", out, base, "-T", 8, "--n-first-tokens", 8, "--text", toys.text(20, x_at=0), "--json")
+    values = json.loads(run(*arguments).stdout)
+    assert (values["before"]["mask"], values["before_masked"], values["after_masked"]) == (None, None, None)
+    assert [note for note in values["notes"] if "is left out" in note] == [
+        "Before: The mask saved with it is left out: figures under a mask are under that of the second model."
+    ]
 
 
 def test_a_model_that_comes_with_a_mask_keeps_it_in_training(tuned, files, tmp_path):
@@ -229,3 +252,39 @@ def test_the_demo_model_learns_under_the_mask(demo, tmp_path):
     with pytest.warns(MelayerWarning, match="is applied"):
         loaded = melayer.load(str(tmp_path))
     assert loaded.mask.by_layer == mask.fixed(demo.model).by_layer
+
+
+REFUSED = {
+    "learning rate": (["--learning-rate", "-1"], "The option learning_rate is -1.0; expected 0 or more"),
+    "seed": (["--seed", str(2**64)], "The option seed is 18446744073709551616; expected a whole number from 0"),
+    "rank": (["--lora", "--lora-targets", "nowhere"], "The trainer refuses this: "),
+    "config": (["--config", "{config}"], "The option trust_remote_code cannot be set in the config"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_after_a_command_that_is_refused_the_corrected_one_runs_in_the_same_place(name, base, files, tmp_path):
+    options, said = REFUSED[name]
+    (tmp_path / "c.yaml").write_text("trust_remote_code: true\n")
+    options = [str(option).format(config=tmp_path / "c.yaml") for option in options]
+    common = ["tune", "sft", base, "--data", files["sft"], "--out", tmp_path / "out"]
+    refused = run(*common, *QUICK[:2], *options)
+    assert refused.exit_code == 2
+    assert said in " ".join(refused.stderr.split())
+    assert refused.stdout == ""
+    assert not (tmp_path / "out").exists()
+    done = run(*common, *QUICK)
+    assert done.exit_code == 0, done.output
+
+
+def test_somebodys_card_is_left_alone_and_ours_says_what_loads_it(tuned, base, files, tmp_path):
+    text = (tuned[0] / "README.md").read_text()
+    assert "It was trained under the mask (SFT, `melayer tune`)." in text
+    assert "`AutoModelForCausalLM.from_pretrained` loads the weights without the mask" in text
+    assert "melayer.load(" in (tuned[0] / "checkpoint-2" / "README.md").read_text()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    done = run("tune", "sft", base, "--data", files["sft"], "--out", tmp_path / "out", *QUICK, "--mask-rate", 0.5,
+               "--text", toys.text(20, x_at=0))  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"

@@ -15,6 +15,7 @@ from melayer.census.observe import SITES, Place
 from melayer.census.rounding_error import KINDS
 from melayer.census.state import ScanSettings, State
 from melayer.data.corpus import LeftOut
+from melayer.data.documents import MAX_NAMED
 from melayer.data.rows import token_text, visible
 from melayer.measurements.criterion import Criterion, find_me_layer
 from melayer.model.provenance import ModelInfo
@@ -222,6 +223,7 @@ def conclude(
     linear: Sequence[Place],
     *,
     n_processes: int,
+    notes: Sequence[str] = (),
 ) -> ScanResult:
     """The result of what was counted.
 
@@ -232,6 +234,7 @@ def conclude(
         tokenizer: For the tokens' texts.
         linear: The linear inputs whose errors were measured.
         n_processes: How many shared the work.
+        notes: On how the corpus was read.
     """
     names = sorted(state.censuses)
     formats = state.settings["formats"]
@@ -239,14 +242,15 @@ def conclude(
     categories: tuple[Part, ...] = ()
     if state.settings["data"]["category"] is not None:
         categories = tuple(_part(name, state.censuses[name], criterion, tokenizer, linear, formats) for name in names)
-    notes = []
+    said = [*notes]
     if state.n_left_out:
-        notes.append(
-            f"Documents left out: {state.n_left_out:,}; the first is document {state.left_out[0].index} "
-            f"({state.left_out[0].reason})."
+        said.append(
+            f"Documents left out: {state.n_left_out:,}: "
+            + "; ".join(f"document {found.index} ({found.reason})" for found in state.left_out[:MAX_NAMED])
+            + ("." if state.n_left_out <= MAX_NAMED else f"; and {state.n_left_out - MAX_NAMED:,} more.")
         )
     if not total.voting:
-        notes.append(
+        said.append(
             f"The criterion is not meaningful here: no sequence has {criterion.min_tokens} tokens, so none votes."
         )
     return ScanResult(
@@ -259,7 +263,7 @@ def conclude(
         n_left_out=state.n_left_out,
         seconds=state.seconds,
         n_processes=n_processes,
-        notes=tuple(notes),
+        notes=tuple(said),
     )
 
 

@@ -14,8 +14,9 @@ from melayer.census.result import ScanResult, conclude
 from melayer.census.rounding_error import linear_input_places
 from melayer.census.state import ScanSettings, State
 from melayer.census.worker import ScanPlan, ScanProgress, Worker
-from melayer.data.corpus import Corpus
-from melayer.data.rows import check_bos, kept_tokens
+from melayer.data.corpus import OTHER, Corpus
+from melayer.data.rows import kept_tokens
+from melayer.data.tokens import check_bos
 from melayer.errors import InputError, require_known
 from melayer.interventions.mask import WeMask
 from melayer.measurements.criterion import Criterion
@@ -122,8 +123,10 @@ def scan(  # noqa: PLR0913 - a public signature
             return None
         state = State.from_bytes(whole)
     if not state.censuses:
-        raise InputError(_nothing(corpus, state))
-    return conclude(state, subject.info, criterion, tokenizer, plan.linear, n_processes=group.size)
+        raise InputError(corpus.nothing(state.left_out, state.n_left_out))
+    return conclude(
+        state, subject.info, criterion, tokenizer, plan.linear, n_processes=group.size, notes=_notes(corpus, state)
+    )
 
 
 def check(sites: Sequence[str], formats: Sequence[str], masked: bool, limit: int | None) -> None:
@@ -148,6 +151,8 @@ def _settings(subject: Subject, corpus: Corpus, plan: ScanPlan) -> ScanSettings:
     """What the figures depend on, as JSON holds it; a scan goes on only under the same."""
     model = subject.info
     data = asdict(corpus)
+    if corpus.category is None:
+        del data["max_categories"]
     if not corpus.is_of_the_hub:
         files = corpus.files
         data |= {"source": Path(corpus.source).name, "bytes": sum(path.stat().st_size for path in files)}
@@ -183,11 +188,12 @@ def _opened(store: Path | None, settings: ScanSettings, group: Group) -> State:
     return state
 
 
-def _nothing(corpus: Corpus, state: State) -> str:
-    if not state.n_left_out:
-        return f"The corpus {corpus.source} holds no document. Give one with text in it."
-    first = state.left_out[0]
-    return (
-        f"No document of {corpus.source} can be measured: {state.n_left_out} were left out, the first (document "
-        f"{first.index}) because: {first.reason}."
-    )
+def _notes(corpus: Corpus, state: State) -> tuple[str, ...]:
+    """What has to be known of how the corpus was read."""
+    notes = [corpus.said]
+    if OTHER in state.censuses:
+        notes.append(
+            f"The first {corpus.max_categories} categories in the order of the corpus have figures of their own; the "
+            f"documents of all others are together as {OTHER}. --max-categories sets how many, each costs memory."
+        )
+    return tuple(filter(None, notes))

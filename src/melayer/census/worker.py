@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from melayer.census.rounding_error import KINDS, reconstruct
 from melayer.census.state import State
 from melayer.data.corpus import Corpus, Document, LeftOut
 from melayer.data.rows import Batch, Row, batches
+from melayer.data.tokens import PIECE, Ids, TextIds
+from melayer.errors import InputError, MelayerWarning
 from melayer.interventions.mask import WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.model.decoder import Decoder
@@ -62,6 +65,15 @@ class Worker:
     group: Group
     masked: bool = False
     """Whether the pass at hand runs under the mask."""
+    own_bos: int = 0
+    """Documents that begin with BOS by themselves."""
+    inexact: int = 0
+    """Documents that the tokenizer got in pieces, where that may change tokens."""
+
+    def __post_init__(self) -> None:
+        """How documents become tokens, and how many of those the model knows."""
+        self.ids = Ids.of(self.tokenizer, self.plan.bos)
+        self.vocabulary = embedding_weight(self.decoder.model).shape[0]
 
     def run(
         self,
@@ -106,29 +118,34 @@ class Worker:
                 if time.monotonic() - kept >= checkpoint_seconds:
                     keep()
         keep()
+        self._say_what_was_read()
 
     def _measure(self, documents: Sequence[Document | LeftOut], state: State, say: Callable[[int], None]) -> None:
         """Adds some documents to the state."""
-        windows: dict[str, list[Window]] = {}
         for document in documents:
             if isinstance(document, LeftOut):
                 state.leave_out(document)
         readable = [document for document in documents if isinstance(document, Document)]
-        for document, cut in zip(readable, self._windows(readable), strict=True):
-            if cut:
-                windows.setdefault(document.category, []).extend(cut)
+        by_category: dict[str, list[tuple[int, Sequence[int]]]] = {}
+        for document, ids in zip(readable, self._ids(readable), strict=True):
+            if isinstance(ids, LeftOut):
+                state.leave_out(ids)
             else:
-                state.leave_out(LeftOut(document.index, "gives no tokens"))
-        for category, cut in windows.items():
-            rows = [Row(place, "", window.ids, (), 0, False) for place, window in enumerate(cut)]
-            maxima = np.zeros((len(self.plan.places), len(cut)), np.float32)
-            for batch in batches(rows, max_batch_tokens=self.plan.max_batch_tokens):
-                columns = [row.index for row in batch.rows]
-                maxima[:, columns] = self._batch(batch, [cut[column] for column in columns], state, category)
-                say(sum(batch.lengths))
-            # The windows of a document stand side by side, but may have been in several batches.
-            firsts = [place for place, window in enumerate(cut) if window.number == 0]
-            state.censuses[category].add_documents(np.maximum.reduceat(maxima, firsts, axis=1))
+                by_category.setdefault(document.category, []).append((document.index, ids))
+        for category, found in by_category.items():
+            # The windows of a document stand side by side, but may be in several batches and portions.
+            largest: dict[int, NDArray[np.float32]] = {}
+            windows = (window for index, ids in found for window in self._windows(index, ids))
+            for cut in _portions(windows, 4 * _READ_AHEAD * self.plan.max_batch_tokens):
+                rows = [Row(place, "", window.ids, (), 0, False) for place, window in enumerate(cut)]
+                for batch in batches(rows, max_batch_tokens=self.plan.max_batch_tokens):
+                    of_batch = [cut[row.index] for row in batch.rows]
+                    maxima = self._batch(batch, of_batch, state, category)
+                    for column, window in enumerate(of_batch):
+                        known = largest.get(window.document, maxima[:, column])
+                        largest[window.document] = np.maximum(known, maxima[:, column])
+                    say(sum(batch.lengths))
+            state.censuses[category].add_documents(np.stack(list(largest.values()), axis=1))
 
     def _batch(self, batch: Batch, windows: Sequence[Window], state: State, category: str) -> NDArray[np.float32]:
         """Adds a batch to the state; [K, windows] the largest |x| of each, infinite for NaN."""
@@ -137,8 +154,9 @@ class Worker:
             variants = 0 if not self.plan.formats else 1 if self.plan.mask is None else 2
             shape = (variants, len(self.plan.linear), len(self.plan.formats), len(KINDS))
             widths = [len(found) for found in observed.dim_maxima]
-            vocabulary = embedding_weight(self.decoder.model).shape[0]
-            state.censuses[category] = Census.empty(self.plan.places, widths, self.decoder.n_layers, vocabulary, shape)
+            state.censuses[category] = Census.empty(
+                self.plan.places, widths, self.decoder.n_layers, self.vocabulary, shape
+            )
         census = state.censuses[category]
         census.add(observed, windows, self.plan.criterion.min_tokens)
         massive: NDArray[np.bool_] = np.asarray(observed.massive.any(axis=0))
@@ -152,25 +170,73 @@ class Worker:
             census.energies[variant] += energies
         return np.where(np.isnan(observed.maxima), np.inf, np.abs(observed.maxima))
 
-    def _windows(self, documents: Sequence[Document]) -> list[list[Window]]:
-        """Each document as sequences of at most `max_tokens`; where it begins with BOS, so does each."""
-        if not documents:
-            return []
-        texts = [document.text for document in documents]
-        encoded = self.tokenizer(texts, add_special_tokens=self.plan.bos is None, verbose=False)["input_ids"]
-        found = []
-        for document, ids in zip(documents, encoded, strict=True):
-            own = [self.tokenizer.bos_token_id, *ids] if self.plan.bos else list(ids)
-            head = own[:1] if own and own[0] == self.tokenizer.bos_token_id else []
-            starts = range(len(head), len(own), self.plan.max_tokens - len(head)) or range(len(own))
-            cut = [(*head, *own[start : start + self.plan.max_tokens - len(head)]) for start in starts]
-            found.append(
-                [
-                    Window(document.index, number, part)
-                    for number, part in enumerate(cut[:1] if self.plan.truncate else cut)
-                ]
+    def _ids(self, documents: Sequence[Document]) -> list[Sequence[int] | LeftOut]:
+        """The ids of each document, as many as are needed, or why it has none that the model knows."""
+        at_most = self.plan.max_tokens if self.plan.truncate else None
+        try:
+            found: list[TextIds | LeftOut] = [
+                *self.ids.of_texts([document.text for document in documents], at_most=at_most)
+            ]
+        except InputError:  # of one of them, and the others are good
+            found = [self._ids_of_one(document, at_most) for document in documents]
+        return [self._known(document, ids) for document, ids in zip(documents, found, strict=True)]
+
+    def _ids_of_one(self, document: Document, at_most: int | None) -> TextIds | LeftOut:
+        try:
+            return self.ids.of_text(document.text, at_most=at_most)
+        except InputError as error:
+            return LeftOut(document.index, str(error))
+
+    def _known(self, document: Document, found: TextIds | LeftOut) -> Sequence[int] | LeftOut:
+        if isinstance(found, LeftOut):
+            return found
+        if not found.ids:
+            return LeftOut(document.index, "gives no tokens")
+        if max(found.ids) >= self.vocabulary:
+            why = f"gives the token {max(found.ids)}, and the model has tokens 0 to {self.vocabulary - 1}"
+            return LeftOut(document.index, why)
+        self.own_bos += bool(found.own_bos)
+        self.inexact += not found.exact
+        return found.ids
+
+    def _windows(self, index: int, ids: Sequence[int]) -> Iterator[Window]:
+        """A document as sequences of at most `max_tokens`; where it begins with BOS, so does each."""
+        bos, most = self.tokenizer.bos_token_id, self.plan.max_tokens
+        head = tuple(ids[:1]) if bos is not None and ids[0] == bos and len(ids) > 1 else ()
+        starts = range(len(head), len(ids), most - len(head))
+        for number, start in enumerate(starts[:1] if self.plan.truncate else starts):
+            yield Window(index, number, (*head, *ids[start : start + most - len(head)]))
+
+    def _say_what_was_read(self) -> None:
+        """What has to be known of how the documents became tokens."""
+        if self.own_bos:
+            warnings.warn(
+                f"{self.own_bos:,} documents bring the begin-of-sequence token ({self.tokenizer.bos_token}) "
+                "themselves, as a chat template writes it: it stays as it is, and none is added.",
+                MelayerWarning,
+                stacklevel=4,
             )
-        return found
+        if self.inexact:
+            warnings.warn(
+                f"{self.inexact:,} documents of more than {PIECE:,} characters were cut for the tokenizer where it may "
+                "give other tokens than for the whole.",
+                MelayerWarning,
+                stacklevel=4,
+            )
+
+
+def _portions(windows: Iterable[Window], tokens: int) -> Iterator[list[Window]]:
+    """Windows in lists of about so many tokens: a document may have more of them than fit into memory."""
+    some: list[Window] = []
+    size = 0
+    for window in windows:
+        some.append(window)
+        size += len(window.ids)
+        if size >= tokens:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def _gathered(documents: Iterator[Document | LeftOut], characters: int) -> Iterator[list[Document | LeftOut]]:

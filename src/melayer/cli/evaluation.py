@@ -92,7 +92,13 @@ def eval_command(  # noqa: PLR0913 - one parameter an option
     from melayer.evaluation.tasks import load_tasks
 
     with stderr().status("Loading the tasks"):
-        benchmarks = load_tasks(items_of(tasks), data=data, fewshot=fewshot, max_new_tokens=max_new_tokens)
+        benchmarks = load_tasks(
+            items_of(tasks),
+            data=data,
+            fewshot=fewshot,
+            max_new_tokens=max_new_tokens,
+            trust_remote_code=options.model.loading()["trust_remote_code"],
+        )
     if selection is not None:
         selection.check(benchmarks, items)  # now, and not after hours of answering
     loading = options.model.loading()
@@ -109,6 +115,7 @@ def eval_command(  # noqa: PLR0913 - one parameter an option
             limit=items,
             batch_size=batch_size,
             max_length=max_length,
+            bos=arguments["bos"],
             parts=arguments["parts"],
             name=model,
             store=out,

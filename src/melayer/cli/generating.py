@@ -53,10 +53,12 @@ def generate_command(  # noqa: PLR0913 - one parameter an option
     """
     arguments = options.arguments()
     request = MaskRequest(rate, selector, strength, seed, positions, blocks_of("--layers", layers))
+    from melayer.numerics.seeds import require_seed
     from melayer.studies.answers.answers import answers
     from melayer.studies.answers.table import live_answers, show_answers
 
     request.check()
+    require_seed(seed)
     loaded = load(model, options.model.loading())
     asking: dict[str, Any] = {
         "mask": request.made(loaded, model, arguments),

@@ -73,7 +73,9 @@ def located(loaded: Loaded, name: str, measuring: dict[str, Any]) -> LocateResul
     from melayer.measurements.locate.locate import locate
 
     with progress("Locating") as part:
-        return locate(loaded.model, loaded.tokenizer, **measuring, name=name, progress=part(0))
+        # Nobody is shown what is found with other first tokens here.
+        arguments = {**measuring, "other_first_tokens": False}
+        return locate(loaded.model, loaded.tokenizer, **arguments, name=name, progress=part(0))
 
 
 def require_plain(loaded: Loaded, options: str) -> None:

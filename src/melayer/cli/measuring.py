@@ -18,6 +18,7 @@ from melayer.cli.options import (
     MaxTokens,
     Model,
     Options,
+    OtherFirstTokens,
     Selectors,
     SelectorSeed,
     Strength,
@@ -43,6 +44,7 @@ def locate_command(
     model: Model,
     max_tokens: MaxTokens = None,
     max_listed: MaxListed = 16,
+    other_first_tokens: OtherFirstTokens = True,
     frugal: Annotated[
         bool,
         typer.Option("--frugal", help="One block at a time in memory; 32 tokens of each text, if not told otherwise."),
@@ -68,6 +70,7 @@ def locate_command(
     from melayer.measurements.locate.locate import locate
     from melayer.measurements.locate.table import show_locate
 
+    arguments["other_first_tokens"] = other_first_tokens
     _measure("Locating", locate, show_locate, model, arguments, options)
 
 
@@ -192,6 +195,7 @@ def report_command(
     ] = None,
     max_tokens: MaxTokens = None,
     max_listed: MaxListed = 16,
+    other_first_tokens: OtherFirstTokens = True,
     *,
     options: Options,
 ) -> None:
@@ -202,7 +206,8 @@ def report_command(
     arguments = options.arguments()
     require_writable(out)
     loaded = load(model, options.model.loading())
-    located, rest = everything(loaded, model, arguments, {"max_tokens": max_tokens, "max_listed": max_listed}, T)
+    of_locate = {"max_tokens": max_tokens, "max_listed": max_listed, "other_first_tokens": other_first_tokens}
+    located, rest = everything(loaded, model, arguments, of_locate, T)
     written = written_or_shown(
         lambda: overview(located, out, loaded, model, rest),
         options.output.as_json,
@@ -305,5 +310,5 @@ def overview(located: LocateResult, out: Path, loaded: Loaded, name: str, result
             **results,
             command=command_line(),
             device=str(loaded.model.device),
-            weights=weight_hashes(loaded.model, name),
+            weights=weight_hashes(loaded.model),
         )

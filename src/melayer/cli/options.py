@@ -14,7 +14,7 @@ import typer
 
 from melayer.cli.parsing import check_numbers, memory_of
 from melayer.cli.session import session, what_is_kept
-from melayer.errors import InputError
+from melayer.errors import InputError, border
 
 if TYPE_CHECKING:
     from melayer.data.corpus import Corpus
@@ -44,6 +44,14 @@ MaxTokens = Annotated[
     typer.Option(help="Tokens kept of each text; default 512, or the model's positions.", rich_help_panel=_TEXTS),
 ]
 MaxListed = Annotated[int, typer.Option(min=1, help="Massive scalars listed a text and block.")]
+OtherFirstTokens = Annotated[
+    bool,
+    typer.Option(
+        "--other-first-tokens/--no-other-first-tokens",
+        help="Look at a few short texts without BOS, with it, and with the chat template's first token.",
+        rich_help_panel=_TEXTS,
+    ),
+]
 Epsilon = Annotated[float, typer.Option(help="A head is a sink head where a key draws more than this.")]
 FirstTokens = Annotated[int, typer.Option(help="Different first tokens to compare.")]
 MaskRate = Annotated[float, typer.Option("--mask-rate", help="The share of the dimensions to mask.")]
@@ -64,7 +72,14 @@ class TextOptions:
     """What to run."""
 
     text: Annotated[list[str] | None, typer.Option(help="A text to run; repeatable.", rich_help_panel=_TEXTS)] = None
-    file: Annotated[Path | None, typer.Option(help="A UTF-8 file of texts, one a line.", rich_help_panel=_TEXTS)] = None
+    file: Annotated[
+        Path | None,
+        typer.Option(help="A file of texts: text lines, JSON, parquet or CSV.", rich_help_panel=_TEXTS),
+    ] = None
+    column: Annotated[
+        str | None,
+        typer.Option(help="The column of --file with the text; default: the usual names.", rich_help_panel=_TEXTS),
+    ] = None
     whole_file: Annotated[
         bool, typer.Option("--whole-file", help="Take --file as one text.", rich_help_panel=_TEXTS)
     ] = False
@@ -81,18 +96,28 @@ class TextOptions:
         int, typer.Option(min=1, help="Tokens in one forward pass.", rich_help_panel=_TEXTS)
     ] = 2048
 
+    def of_file(self, path: Path, *, limit: int | None = None) -> list[str]:
+        """The texts of a file, read as `--file` is."""
+        from melayer.data.texts import read_texts
+
+        return read_texts(path, whole=self.whole_file, column=self.column, limit=limit)
+
     def arguments(self) -> dict[str, Any]:
         """The arguments of a measurement; whatever can be wrong with them is found before a model is loaded."""
-        from melayer.data.texts import builtin_texts, read_texts
+        from melayer.data.documents import require_characters
+        from melayer.data.texts import builtin_texts
 
         texts: list[str] = list(self.text or [])
         if self.file is not None:
-            texts += read_texts(self.file, whole=self.whole_file)
-        elif self.whole_file:
-            raise InputError("--whole-file says how to read a file, but no --file was given. Add --file PATH.")
+            texts += self.of_file(self.file, limit=self.limit)
+        elif self.whole_file or self.column is not None:
+            option = "--whole-file" if self.whole_file else "--column"
+            raise InputError(f"{option} says how to read a file, but no --file was given. Add --file PATH.")
         for index, text in enumerate(texts):
             if not text.strip():
                 raise InputError(f"Text {index} is empty. Give texts with at least one word.")
+            with border(f"Text {index} cannot be read", "Give it as UTF-8."):
+                require_characters(text, "it")
         if not texts and self.limit is not None:
             texts = builtin_texts()
         return {"texts": texts[: self.limit] or None, "bos": self.bos, "max_batch_tokens": self.max_batch_tokens}
@@ -211,6 +236,10 @@ class CorpusOptions:
     category: Annotated[
         str | None, typer.Option(help="A column by which documents are kept apart.", rich_help_panel=_TEXTS)
     ] = None
+    max_categories: Annotated[
+        int,
+        typer.Option(min=1, help="The first so many are kept apart, the others together.", rich_help_panel=_TEXTS),
+    ] = 64
     split: Annotated[str, typer.Option(help="Of a data set of the hub.", rich_help_panel=_TEXTS)] = "train"
     whole_file: Annotated[
         bool,
@@ -239,7 +268,7 @@ class CorpusOptions:
         """What `scan` reads."""
         from melayer.data.corpus import Corpus
 
-        return Corpus(data, self.column, self.category, self.split, self.whole_file)
+        return Corpus(data, self.column, self.category, self.split, self.whole_file, self.max_categories)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `scan`."""

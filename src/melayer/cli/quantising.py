@@ -38,7 +38,7 @@ def quant_check_command(  # noqa: PLR0913 - one parameter an option
     layers: MaskedBlocks = None,
     seed: SelectorSeed = 0,
     prefix: Annotated[
-        str | None, typer.Option(help="What every sequence begins with, and is baked; default: the BOS token.")
+        str | None, typer.Option(help="What every sequence begins with, and is baked; default: the tokenizer's way.")
     ] = None,
     T: Annotated[int, typer.Option("--T", "-T", help="Tokens in each sequence, the prefix counted.")] = 64,
     n_sequences: Annotated[int, typer.Option(help="Sequences to predict, and to calibrate with, at most.")] = 32,
@@ -52,7 +52,6 @@ def quant_check_command(  # noqa: PLR0913 - one parameter an option
 
     Example: [bold]melayer quant-check demo --formats int8 --out demo-quant[/]
     """
-    from melayer.data.texts import read_texts
     from melayer.quantisation.quant_check import FILE, quant_check
     from melayer.quantisation.report import write_quant_report
     from melayer.quantisation.result import QuantCheckResult
@@ -72,7 +71,7 @@ def quant_check_command(  # noqa: PLR0913 - one parameter an option
     _check(arguments)
     arguments |= options.arguments()
     blocks = blocks_of("--layers", layers)
-    arguments["calibration"] = None if calibration is None else read_texts(calibration, whole=options.texts.whole_file)
+    arguments["calibration"] = None if calibration is None else options.texts.of_file(calibration)
     require_writable(out)
     if out is not None:
         ours.require([out / FILE, *QuantCheckResult.files_of(out)])

@@ -23,7 +23,7 @@ def scan_command(  # noqa: PLR0913 - one parameter an option
     data: Annotated[
         str,
         typer.Option(
-            help="A .txt, .jsonl or .parquet file (also .gz, .zst), a directory or pattern of them, or a hub id.",
+            help="Text, JSON lines, parquet or CSV (also .gz, .zst), a directory or pattern of them, or a hub id.",
             show_default=False,
         ),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,6 +93,8 @@ def contrast_command(
 ) -> None:
     """Locate, rigidity and sinks of two models on the same texts: what training has moved.
 
+    Where the second model carries a mask, both are measured without it and with it, and the change is split.
+
     Example: [bold]melayer contrast demo tuned --out demo-contrast[/]
     """
     from melayer.studies.contrast.contrast import contrast
@@ -100,7 +103,11 @@ def contrast_command(
 
     arguments = {**options.arguments(), "T": T, "epsilon": epsilon, "n_first_tokens": n_first_tokens}
     require_writable(out)
-    result = contrast(*(_measured(name, options, arguments) for name in (before, after)))
+    # The second one first: its mask is wanted for both.
+    second, second_masked = _measured(after, options, arguments, None)
+    mask = None if second_masked is None else second_masked.mask
+    first, first_masked = _measured(before, options, arguments, mask, own=False)
+    result = contrast(first, second, before_masked=first_masked, after_masked=second_masked)
     shown = (options.output.as_json, result.to_dict, lambda to: show_contrast(result, to))
     written = None
     if out is not None:
@@ -108,16 +115,39 @@ def contrast_command(
     answer(*shown, written)
 
 
-def _measured(name: str, options: Options, arguments: dict[str, Any]) -> Measured:
-    """One of the two; it is gone from memory when the other one is loaded."""
-    from melayer.studies.contrast.contrast import measure
+def _measured(
+    name: str, options: Options, arguments: dict[str, Any], mask: WeMask | None, *, own: bool = True
+) -> tuple[Measured, Measured | None]:
+    """One of the two without a mask, and under one if there is any; it is gone from memory when the other is loaded.
+
+    Args:
+        name: The model.
+        options: How to load it.
+        arguments: Of `measure`.
+        mask: Another model's mask.
+        own: Whether it is measured under the mask that was saved with it, instead.
+    """
+    from melayer.studies.contrast.contrast import fitted, measure
 
     loaded = load(name, options.model.loading())
-    with progress("Locating", "Measuring rigidity", "Measuring sinks") as part:
-        result = measure(loaded.model, loaded.tokenizer, **arguments, mask=loaded.mask, name=name, part=part)
+    if loaded.mask is not None:
+        loaded.mask.detach(loaded.model)
+    if own:
+        mask = loaded.mask
+    measurements = "Locating", "Measuring rigidity", "Measuring sinks"
+    with progress(*measurements) as part:
+        plain = measure(loaded.model, loaded.tokenizer, **arguments, name=name, part=part)
+    if loaded.mask is not None and not own:
+        note = "The mask saved with it is left out: figures under a mask are under that of the second model."
+        plain = replace(plain, notes=(*plain.notes, note))
+    mask = None if mask is None else fitted(mask, loaded.model, plain, parts=arguments["parts"])
+    masked = None
+    if mask is not None:
+        with progress(*measurements) as part, mask.apply(loaded.model, parts=arguments["parts"]):
+            masked = measure(loaded.model, loaded.tokenizer, **arguments, mask=mask, name=name, part=part)
     del loaded
     gc.collect()
-    return result
+    return plain, masked
 
 
 def _tune(method: Method, model: str, data: str, out: Path, options: TuneOptions, **more: Any) -> None:

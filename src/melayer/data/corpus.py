@@ -1,26 +1,32 @@
-"""A corpus of any size as a stream of documents: text, JSON lines or parquet, or a data set of the hub."""
+"""A corpus of any size as a stream of documents: files of any kind that holds texts, or a data set of the hub."""
 
 from __future__ import annotations
 
 import glob
-import io
-import json
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from melayer.errors import InputError, first_line
+from melayer.data import entries as rows_of_files
+from melayer.data.documents import TextColumn
+from melayer.data.entries import BadRowError, Entry, Skipped
+from melayer.data.files import is_file, is_link, is_there, printable, require_datasets, require_file, shown
+from melayer.data.formats import Format, format_of
+from melayer.errors import InputError, border, reason
 
-_TEXT, _JSON = (".txt", ".text", ".raw", ".md"), (".jsonl", ".ndjson", ".json")
-_KINDS = (*_TEXT, *_JSON, ".parquet")
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-_COLUMNS = ("text", "content", "document", "body")
+_SUFFIXES = (".txt", ".text", ".md", ".raw", ".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".zst")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COUNTED_BYTES = 2**30
 """Lines of larger files are not counted beforehand: that would be reading them twice."""
-_ROWS = 1024  # of a parquet file at a time
 MAX_NAMED = 20
 """How many of the documents left out are named; all are counted."""
+MAX_CATEGORIES = 64
+"""How many categories have figures of their own unless told otherwise: each costs some megabytes."""
+OTHER = "(other)"
+"""The category of documents whose own came too late to have figures of its own."""
 
 
 Mine = Callable[[int], bool]
@@ -43,6 +49,7 @@ class LeftOut:
 
     index: int
     reason: str
+    """Where it is, and why it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Corpus:
     """Where the documents are, and which of a row's columns matter."""
 
     source: str
-    """A file (.txt, .jsonl or .parquet; the first two also as .gz and .zst), a directory of them, a pattern
+    """A file (text, JSON lines, a JSON list, parquet or CSV, also compressed), a directory of them, a pattern
     (`shards/*.jsonl.zst`), or a hub id."""
     column: str | None = None
     """The column with the text; by default the usual names."""
@@ -60,292 +67,284 @@ class Corpus:
     """Of a data set of the hub."""
     whole_file: bool = False
     """A text file is one document, not one a line."""
+    max_categories: int = MAX_CATEGORIES
+    """The first so many categories in the order of the corpus have figures of their own, all others are `OTHER`."""
 
     def check(self) -> None:
-        """Raises InputError for whatever the first document and the ends of the files tell before a model is loaded."""
+        """Raises InputError for whatever the files tell before a model is loaded, up to the first document in them.
+
+        Raises:
+            InputError: There is no such corpus, a file cannot be read, or none of the rows can be used.
+        """
+        if self.max_categories < 1:
+            raise InputError(f"max_categories is {self.max_categories}; expected at least 1.")
         if self.is_of_the_hub:
+            require_datasets(f"{self.source!r} is no file here but a data set of the hub")
             return
-        for path in self.files:
-            if _kind(path) == ".parquet":
-                _n_rows(path)
-        next(self.documents(stop=1), None)
+        for path, format in self.formats:
+            if format.kind == "parquet":
+                with rows_of_files.parquet_file(path):
+                    pass
+        left_out: list[LeftOut] = []
+        n_left_out = 0
+        for found in self.documents():
+            if isinstance(found, Document):
+                return
+            n_left_out += 1
+            left_out = [*left_out, found] if len(left_out) < MAX_NAMED else left_out
+        raise InputError(self.nothing(left_out, n_left_out))
+
+    def nothing(self, left_out: Sequence[LeftOut], n_left_out: int) -> str:
+        """What is said where no document can be measured."""
+        if not n_left_out:
+            return f"The corpus {shown(self.source)} holds no document. Give one with text in it."
+        first = left_out[0].reason
+        todo = "Mend it, or give another"
+        if "has the columns" in first and self.category is not None and f"not {self.category!r}" in first:
+            todo = "Name the column with the category, or leave --category out"
+        elif "has the columns" in first:
+            todo = "Name the column with the text: --column NAME"
+        elif "not UTF-8" in first:
+            todo = "Convert it to UTF-8 first: iconv -f ENCODING -t UTF-8"
+        return (
+            f"No document of {shown(self.source)} can be measured: {n_left_out:,} "
+            f"{'was' if n_left_out == 1 else 'were'} left out, the first because: {first}. {todo}."
+        )
 
     @property
     def is_of_the_hub(self) -> bool:
         """Whether the source can only be a hub id."""
-        path = Path(self.source)
-        return "/" in self.source and not path.exists() and _kind(path) not in _KINDS and not _is_pattern(self.source)
+        named = self.source.lower().endswith(_SUFFIXES)
+        return bool(_HUB_ID.fullmatch(self.source)) and not named and not is_there(Path(self.source))
 
     @property
     def files(self) -> list[Path]:
         """The files, by name; the documents are numbered through all of them.
 
         Raises:
-            InputError: There is none, or one is of no known kind.
+            InputError: There is none, or they are of several kinds.
         """
+        return [path for path, _ in self.formats]
+
+    @cached_property
+    def formats(self) -> tuple[tuple[Path, Format], ...]:
+        """The files with what each is, those that are empty left out.
+
+        Raises:
+            InputError: There is none, or they are of several kinds.
+        """
+        paths = self._paths()
+        found = [(path, format) for path in paths if (format := format_of(path, whole=self.whole_file)) is not None]
+        by_kind = {format.kind: path for path, format in reversed(found)}
+        if len(by_kind) > 1 and len(paths) > 1:
+            said = ", ".join(f"{kind} in {shown(path.name)}" for kind, path in by_kind.items())
+            raise InputError(
+                f"{shown(self.source)} holds files of several kinds ({said}), and which are the corpus cannot be told. "
+                f"Give a pattern: {shown(Path(self.source) / '*.jsonl')}."
+            )
+        return tuple(found)
+
+    def _paths(self) -> list[Path]:
+        if not self.source.strip():
+            raise InputError("The corpus has an empty name. Give a file, a directory of them, a pattern or a hub id.")
         path = Path(self.source)
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.is_file() and _kind(file) in _KINDS)
-            kinds = sorted({_kind(file) for file in found})
-            if len(kinds) > 1:
-                raise InputError(
-                    f"{self.source} holds files of several kinds ({', '.join(kinds)}), and which are the corpus cannot "
-                    f"be told. Give a pattern: {path / f'*{kinds[-1]}'}."
-                )
-        elif _is_pattern(self.source) and not path.exists():
+        if is_there(path) and path.is_dir():
+            with border(f"The directory {shown(path)} cannot be read", "Check its rights."):
+                found = sorted(file for file in path.iterdir() if is_file(file) and not file.name.startswith("."))
+            if not found:
+                raise InputError(f"The directory {shown(path)} holds no file. Give one with texts in it.")
+            return found
+        if _is_pattern(self.source) and not is_there(path):
             # Path.glob takes no absolute pattern.
-            found = sorted(file for name in glob.iglob(self.source, recursive=True) if (file := Path(name)).is_file())  # noqa: PTH207
-        elif path.exists():
-            found = [path]
-        else:
+            with border(f"The pattern {shown(self.source)} cannot be followed", "Give a file or a directory."):
+                found = sorted(file for name in glob.iglob(self.source, recursive=True) if is_file(file := Path(name)))  # noqa: PTH207
+            if not found:
+                raise InputError(f"No file matches {shown(self.source)}. Give another pattern, a file or a directory.")
+            return found
+        if not is_there(path) and not is_link(path) and len(self.source) < 200:
             raise InputError(
-                f"There is no corpus {self.source!r}: not a file here, and not a hub id (owner/name). Give a "
-                f"file ({', '.join(_KINDS)}), a directory of them, a pattern or a hub id."
+                f"There is no corpus {printable(self.source)!r}: not a file here, and not a hub id (owner/name). Give "
+                "a file of text, JSON lines, parquet or CSV, a directory of them, a pattern or a hub id."
             )
-        odd = [file for file in found if _kind(file) not in _KINDS]
-        if odd or not found:
-            raise InputError(
-                f"{odd[0] if odd else self.source} is not a corpus; expected files that end in {', '.join(_KINDS)}, or "
-                f"in {' or '.join(_COMPRESSED)} after that."
-            )
-        return found
+        require_file(path)
+        return [path]
 
     def documents(self, mine: Mine = lambda index: True, stop: int | None = None) -> Iterator[Document | LeftOut]:
-        """The documents whose place `mine` accepts, in order; blank lines of a text file are none.
+        """The documents whose place `mine` accepts, in order; blank lines are none.
 
         Args:
             mine: Asked for each document before it is decoded.
             stop: Read only those before this place.
 
         Raises:
-            InputError: There is no such corpus, or a column is missing.
+            InputError: There is no such corpus, or it cannot be read to its end.
         """
         if self.is_of_the_hub:
             if self.whole_file:
                 raise self._not_whole(self.source)
-            return self._rows(self._of_the_hub(), mine, stop)
-        files = self.files
-        for path in files:
-            if self.whole_file and _kind(path) not in _TEXT:
-                raise self._not_whole(str(path))
-            if self.category is not None and _kind(path) in _TEXT:
-                raise InputError(f"{path} has no columns, so there is no category {self.category!r}. Leave it out.")
-        return self._of_files(files, mine, stop)
+            return _Reading(self, mine, stop).of_rows(self._of_the_hub())
+        for path, format in self.formats:
+            if self.whole_file and format.kind == "parquet":
+                raise self._not_whole(shown(path))
+            if self.category is not None and (self.whole_file or format.kind == "text"):
+                raise InputError(
+                    f"{shown(path)} is text and has no columns, so there is no category {self.category!r}. Leave it "
+                    "out."
+                )
+            if self.column is not None and not self.whole_file and format.kind == "text":
+                raise InputError(
+                    f"{shown(path)} is text and has no columns, so there is no column {self.column!r}. Leave it out."
+                )
+        return _Reading(self, mine, stop).of_files()
 
     def _not_whole(self, name: str) -> InputError:
         return InputError(
-            f"whole_file (--whole-file) takes a text file as one document, and {name} is none ({', '.join(_TEXT)}). "
-            "Leave it out."
+            f"whole_file (--whole-file) takes a text file as one document, and {name} is none. Leave it out."
         )
+
+    @property
+    def said(self) -> str:
+        """How the files are read: of which kind they are, and which column the text is taken from; empty for text."""
+        if self.is_of_the_hub or self.whole_file or all(format.kind == "text" for _, format in self.formats):
+            return ""
+        columns = TextColumn(self.column)
+        for path, format in self.formats:
+            for entry in rows_of_files.entries(path, format, chosen=columns.chosen):
+                try:
+                    row = entry.value() if isinstance(entry, Entry) else None
+                    columns.text(row)
+                except BadRowError:
+                    continue
+                where = "" if isinstance(row, str) else f", its texts from the column {columns.column_in(row)!r}"
+                return f"{shown(Path(self.source).name)} is read as {format.said}{where}."
+        return ""
 
     def count(self) -> int | None:
         """How many documents there are, where that can be told quickly; for the remaining time alone."""
         if self.is_of_the_hub:
             return None
-        files = self.files
         if self.whole_file:
-            return len(files)
-        lines = [path for path in files if _kind(path) != ".parquet"]
-        if any(path.suffix.lower() in _COMPRESSED for path in lines):
+            return len(self.formats)
+        tables = [path for path, format in self.formats if format.kind == "parquet"]
+        others = [(path, format) for path, format in self.formats if format.kind != "parquet"]
+        lines = all(format.kind in ("text", "JSON lines") for _, format in others)
+        compressed = any(format.compressed for _, format in others)
+        if not lines or compressed or sum(path.stat().st_size for path, _ in others) > _COUNTED_BYTES:
             return None
-        if sum(path.stat().st_size for path in lines) > _COUNTED_BYTES:
-            return None
-        total = sum(_n_rows(path) for path in files if path not in lines)
-        for path in lines:
-            with path.open("rb") as file:
-                total += sum(bool(line.strip()) for line in file)
+        total = sum(rows_of_files.count_lines(path, format) for path, format in others)
+        for path in tables:
+            with rows_of_files.parquet_file(path) as file:
+                total += int(file.metadata.num_rows)
         return total
 
-    def _of_files(self, files: Iterable[Path], mine: Mine, stop: int | None) -> Iterator[Document | LeftOut]:
-        begin = 0
-        for path in files:
-            if stop is not None and begin >= stop:
-                return
-            of_file = self._parquet if _kind(path) == ".parquet" else self._lines
-            begin = yield from of_file(path, begin, mine, stop)
+    def _of_the_hub(self) -> Any:
+        datasets = require_datasets(f"{self.source!r} is no file here but a data set of the hub")
+        with border(
+            f"{self.source!r} is no file here, and cannot be had from the hub",
+            "Check the spelling and the network, or give a file.",
+        ):
+            return datasets.load_dataset(self.source, split=self.split, streaming=True, trust_remote_code=False)
 
-    def _lines(self, path: Path, begin: int, mine: Mine, stop: int | None) -> Generator[Document | LeftOut, None, int]:
+
+@dataclass(eq=False)
+class _Reading:
+    """One pass over a corpus."""
+
+    corpus: Corpus
+    mine: Mine
+    stop: int | None
+    own: dict[str, None] = field(default_factory=dict)
+    """The categories with figures of their own, so far."""
+
+    def __post_init__(self) -> None:
+        """Where the text is."""
+        self.columns = TextColumn(self.corpus.column, self.corpus.category)
+
+    def of_files(self) -> Iterator[Document | LeftOut]:
+        """The documents of all files, one after the other."""
+        begin = 0
+        for path, format in self.corpus.formats:
+            if self.stop is not None and begin >= self.stop:
+                return
+            begin = yield from self._of_file(path, format, begin)
+
+    def _of_file(self, path: Path, format: Format, begin: int) -> Generator[Document | LeftOut, None, int]:
         """The documents of a file whose first one has the number `begin`; returns that of the next file's first one."""
-        as_json, index = _kind(path) in _JSON, begin
-        try:
-            with _opened(path) as file:
-                for line in [file.read()] if self.whole_file else file:
-                    if not line.strip():
-                        continue
-                    if index == stop:
-                        return index
-                    if index == begin and _kind(path) == ".json":
-                        _check_lines(path, line)
-                    if mine(index):
-                        yield self._line(index, line, as_json, first=index == begin)
-                    index += 1
-        except (OSError, EOFError) as error:
-            raise InputError(f"{path} cannot be read to its end: {error}. Copy or download it again.") from error
+        index, name = begin, printable(path.name)
+
+        def needed(places: range) -> bool:
+            return self._categories_open() or any(
+                self.mine(begin + place) for place in places if self.stop is None or begin + place < self.stop
+            )
+
+        found: Iterable[Entry | Skipped]
+        if self.corpus.whole_file:
+            found = [rows_of_files.whole(path, format)]
+        else:
+            found = rows_of_files.entries(path, format, chosen=self.columns.chosen, needed=needed)
+        for entry in found:
+            if index == self.stop:
+                return index
+            if isinstance(entry, Skipped):
+                index += entry.count
+                continue
+            yield from self._document(index, entry.value, f"{name}, {entry.place}")
+            index += 1
         return index
 
-    def _line(self, index: int, line: bytes, as_json: bool, first: bool) -> Document | LeftOut:
-        try:
-            text = line.decode("utf-8-sig" if first else "utf-8")
-            if not as_json:
-                return Document(index, text.strip("\r\n"), "")
-            row = json.loads(text)
-        except UnicodeDecodeError as error:
-            return LeftOut(index, f"not UTF-8 at byte {error.start}")
-        except ValueError as error:
-            return LeftOut(index, f"not JSON: {error}")
-        return self._document(index, row)
-
-    def _parquet(
-        self, path: Path, begin: int, mine: Mine, stop: int | None
-    ) -> Generator[Document | LeftOut, None, int]:
-        """As `_lines`."""
-        import pyarrow
-
-        with _as_parquet(path) as file:
-            present = file.schema_arrow.names
-            column, category = self._columns(present) if begin == 0 else self._names(present)
-            if column not in present or category not in (None, *present):
-                for place in filter(mine, _until(stop, begin, file.metadata.num_rows)):
-                    yield LeftOut(place, f"{path.name} has only the columns {', '.join(present)}")
-                return begin + int(file.metadata.num_rows)
-            wanted = [name for name in present if name in (column, category)]
-            index = begin
-            for group in range(file.num_row_groups):
-                places = _until(stop, index, file.metadata.row_group(group).num_rows)
-                index += file.metadata.row_group(group).num_rows
-                if not any(map(mine, places)):
-                    continue
-                read = places.start
-                try:
-                    # A row group may be larger than the memory.
-                    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=wanted):
-                        rows = batch.to_pylist()
-                        for place, row in zip(range(read, places.stop), rows, strict=False):
-                            if mine(place):
-                                yield self._document(place, row)
-                        read += len(rows)
-                except (pyarrow.ArrowException, OSError) as error:
-                    reason = f"row group {group} of {path.name} is corrupt: {first_line(error)}"
-                    for place in filter(mine, range(read, places.stop)):
-                        yield LeftOut(place, reason)
-            return index
-
-    def _of_the_hub(self) -> Any:
-        from datasets import load_dataset
-
-        try:
-            return load_dataset(self.source, split=self.split, streaming=True)
-        except _of_datasets() as error:
-            raise InputError(
-                f"{self.source!r} is no file here, and cannot be had from the hub: {first_line(error)} "
-                "Check the spelling and the network, or give a file."
-            ) from error
-
-    def _rows(self, rows: Iterable[Any], mine: Mine, stop: int | None) -> Iterator[Document | LeftOut]:
+    def of_rows(self, rows: Iterable[Any]) -> Iterator[Document | LeftOut]:
+        """The documents of a data set of the hub."""
         index = 0
+        source = self.corpus.source
         try:
             for row in rows:
-                if index == stop:
+                if index == self.stop:
                     return
-                if mine(index):
-                    yield self._document(index, row)
+                yield from self._document(index, partial(_as_it_is, row), f"row {index + 1:,}")
                 index += 1
-        except _of_datasets() as error:
+        except Exception as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
-                f"{self.source} cannot be read on from document {index}: {first_line(error)} The same command goes on "
-                "from what was kept with --out."
+                f"{source} cannot be read on from document {index}: {reason(error)}. The same command goes on from "
+                "what was kept with --out."
             ) from error
 
-    def _document(self, index: int, row: Any) -> Document | LeftOut:
-        if not isinstance(row, dict):
-            return LeftOut(index, "no object with columns")
-        if index == 0:
-            self._columns(list(row))
-        column, category = self._names(list(row))
-        if column is None or (category is not None and category not in row):
-            return LeftOut(index, f"has only the columns {', '.join(row)}")
-        text = row[column]
-        if not isinstance(text, str) or not text.strip():
-            return LeftOut(index, "has no text" if text is None or isinstance(text, str) else "its text is no string")
-        return Document(index, text, "" if category is None else str(row[category]))
+    def _document(self, index: int, value: Callable[[], Any], place: str) -> Iterator[Document | LeftOut]:
+        """The document at a place, if it is asked for; whether or not, its category counts for the order of them."""
+        mine = self.mine(index)
+        if not mine and not self._categories_open():
+            return
+        try:
+            row = value()
+            category = self._category(row)
+            if mine:
+                yield Document(index, self.columns.text(row), category)
+        except BadRowError as error:
+            if mine:
+                yield LeftOut(index, f"{place}: {printable(str(error))[:300]}")
 
-    def _names(self, present: list[str]) -> tuple[str | None, str | None]:
-        named = (self.column,) if self.column is not None else _COLUMNS
-        return next((name for name in named if name in present), None), self.category
+    def _categories_open(self) -> bool:
+        """Whether there may be another category with figures of its own.
 
-    def _columns(self, present: list[str]) -> tuple[str, str | None]:
-        """The columns to read.
-
-        Raises:
-            InputError: One is not there; the message lists those that are.
+        While there may, each process looks at every row: which categories are the first of the corpus then does not
+        depend on whose turn they are.
         """
-        column, category = self._names(present)
-        has = f"{self.source} has the columns {', '.join(present) or '(none)'}"
-        if column is None:
-            wanted = repr(self.column) if self.column is not None else f"one of {', '.join(_COLUMNS)}"
-            raise InputError(f"{has}, not {wanted}. Name the one with the text: --column {(present or ['text'])[0]}.")
-        if category is not None and category not in present:
-            raise InputError(f"{has}, not {category!r}. Name the one with the category, or leave --category out.")
-        return column, category
+        return self.corpus.category is not None and len(self.own) < self.corpus.max_categories
+
+    def _category(self, row: Any) -> str:
+        name = self.columns.category_of(row)
+        if name in self.own:
+            return name
+        if self.corpus.category is not None and not self._categories_open():
+            return OTHER
+        self.own[name] = None
+        return name
 
 
-def _kind(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+def _as_it_is(row: Any) -> Any:
+    return row
 
 
 def _is_pattern(source: str) -> bool:
     return any(character in source for character in "*?[")
-
-
-def _opened(path: Path) -> io.BufferedReader:
-    how = _COMPRESSED.get(path.suffix.lower())
-    if how is None:
-        return path.open("rb")
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=how), 1 << 20)
-
-
-def _check_lines(path: Path, line: bytes) -> None:
-    """A file that ends in .json alone may hold lines or one value over many lines."""
-    try:
-        whole = isinstance(json.loads(line), dict)
-    except ValueError:
-        whole = False
-    if not whole:
-        raise InputError(
-            f"{path} does not begin with a line that is a JSON object, so it is not one document a line. Write it as "
-            ".jsonl: jq -c '.[]'."
-        )
-
-
-def _until(stop: int | None, begin: int, count: int) -> range:
-    """So many places from `begin` on, those from `stop` on left out."""
-    return range(begin, begin + count if stop is None else max(begin, min(begin + count, stop)))
-
-
-def _of_datasets() -> tuple[type[Exception], ...]:
-    """What datasets and the hub's client raise."""
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-    from pyarrow import ArrowException
-
-    return DatasetsError, HTTPError, ArrowException, OSError, ValueError, RuntimeError
-
-
-def _as_parquet(path: Path) -> Any:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from error
-
-
-def _n_rows(path: Path) -> int:
-    with _as_parquet(path) as file:
-        return int(file.metadata.num_rows)

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from melayer.errors import InputError
+from melayer.data.documents import require_characters
+from melayer.data.files import printable
+from melayer.data.tokens import Ids
+from melayer.errors import InputError, border
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +35,8 @@ class Row:
     n_dropped: int
     """How many tokens of the text lie beyond `max_tokens`."""
     has_bos: bool
+    own_bos: int = 0
+    """Begin-of-sequence tokens that the text itself begins with, as one from a chat template does."""
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -79,28 +84,45 @@ def encode(
     if not texts:
         raise InputError("There are no texts to measure. Give at least one.")
     max_tokens = kept_tokens(max_tokens, max_positions)
-    check_bos(tokenizer, bos)
+    of = Ids.of(tokenizer, bos)
     rows = []
     for index, text in enumerate(texts):
         if not text.strip():
             raise InputError(f"Text {index} is empty. Give texts with at least one word.")
-        ids = tokenizer(text, add_special_tokens=bos is None, verbose=False)["input_ids"]
-        if bos:
-            ids = [tokenizer.bos_token_id, *ids]
-        if not ids:
-            raise InputError(f"Text {index} ({text[:30]!r}) gives no tokens. Give texts with at least one word.")
-        kept = ids[:max_tokens]
+        with border(f"Text {index} ({printable(text[:30])!r}) cannot be tokenised", "Mend it, or leave it out."):
+            require_characters(text, "it")
+            found = of.of_text(text)
+        if not found.ids:
+            raise InputError(
+                f"Text {index} ({printable(text[:30])!r}) gives no tokens. Give texts with at least one word."
+            )
+        kept = tuple(found.ids[:max_tokens])
         rows.append(
             Row(
                 index=index,
                 text=text,
-                ids=tuple(kept),
+                ids=kept,
                 tokens=tuple(token_text(tokenizer, token) for token in kept),
-                n_dropped=len(ids) - len(kept),
+                n_dropped=len(found.ids) - len(kept),
                 has_bos=tokenizer.bos_token_id is not None and kept[0] == tokenizer.bos_token_id,
+                own_bos=found.own_bos,
             )
         )
     return tuple(rows)
+
+
+def bos_note(rows: Sequence[Row]) -> str:
+    """What is said where texts bring their own begin-of-sequence token; empty where none does."""
+    bringing = [row for row in rows if row.own_bos]
+    if not bringing:
+        return ""
+    most = max(row.own_bos for row in bringing)
+    several = f", up to {most} of them" if most > 1 else ""
+    token = f" ({visible(bringing[0].tokens[0])})" if bringing[0].tokens else ""
+    return (
+        f"{len(bringing)} of {len(rows)} sequences begin with a begin-of-sequence token{token} that their text brings"
+        f"{several}, as a chat template writes it: it stays as it is, and none is added."
+    )
 
 
 def kept_tokens(max_tokens: int | None, max_positions: int | None, *, at_least: int = 1) -> int:
@@ -119,14 +141,6 @@ def kept_tokens(max_tokens: int | None, max_positions: int | None, *, at_least: 
             f"Give --max-tokens {max_positions} (max_tokens={max_positions}) or fewer."
         )
     return max_tokens
-
-
-def check_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> None:
-    """Raises InputError where a begin-of-sequence token is asked of a tokenizer without one."""
-    if bos and tokenizer.bos_token_id is None:
-        raise InputError(
-            "A begin-of-sequence token was asked for, but this tokenizer has none. Leave the choice to the tokenizer."
-        )
 
 
 def windows(
@@ -166,6 +180,7 @@ def windows(
                     tokens=row.tokens[:head] + row.tokens[start : start + step],
                     n_dropped=0,
                     has_bos=row.has_bos,
+                    own_bos=row.own_bos if start == head else 0,
                 )
             )
     if not found:

@@ -6,14 +6,24 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from melayer.errors import InputError
-from melayer.evaluation.harness import Item, answer, harness, item_batches, items_of, metrics_of
+from melayer.evaluation.harness import (
+    Asked,
+    Item,
+    answer,
+    harness,
+    item_batches,
+    items_of,
+    metrics_of,
+    rolling_beginning,
+)
+from melayer.evaluation.hub_code import hub_code
 from melayer.evaluation.result import EvalResult, StoredAnswer
 from melayer.evaluation.scoring import Aggregates, scored
 from melayer.evaluation.settings import EvalSettings, SharedSettings, TaskSettings
@@ -53,6 +63,7 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     max_length: int | None = None,
+    bos: bool | None = None,
     parts: Mapping[str, str] | None = None,
     name: str | None = None,
     store: str | Path | None = None,
@@ -73,6 +84,8 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
         limit: Only the first items of each task.
         batch_size: Items answered at once.
         max_length: Tokens of prompt and answer at most; by default the model's positions.
+        bos: Whether the begin-of-sequence token comes before a text whose likelihood is asked as a whole (`wikitext2`);
+            None leaves it to the tokenizer.
         parts: Names of parts that `wiring.read` does not find by itself.
         name: What to call the model; by default what it was loaded from.
         store: A directory in which every answer is kept as it is given; a run that was stopped goes on from there.
@@ -89,15 +102,23 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
         raise InputError("Nothing to evaluate: give at least one benchmark and one variant.")
     chat = _asks_by_template(tokenizer, chat, system)
     subject = Subject.of(model, tokenizer, parts=parts, name=name)
-    settings: EvalSettings = {
-        "shared": _shared(subject, chat, system, batch_size, max_length),
-        "tasks": {benchmark.name: _described(benchmark, limit) for benchmark in benchmarks},
-        "variants": {label: _variant(variant) for label, variant in variants.items()},
-    }
     group = Group.joined(model.device.type)
-    with harness(model, tokenizer, batch_size=batch_size, max_length=max_length) as lm, measuring(model):
-        items = {
+    with (
+        hub_code(any(benchmark.trust_remote_code for benchmark in benchmarks)),
+        harness(model, tokenizer, batch_size=batch_size, max_length=max_length, bos=bos) as lm,
+        measuring(model),
+    ):
+        asked = {
             benchmark.name: items_of(benchmark, lm, chat=chat, system=system, limit=limit) for benchmark in benchmarks
+        }
+        items = {task: of.items for task, of in asked.items()}
+        settings: EvalSettings = {
+            "shared": _shared(subject, chat, system, batch_size, max_length),
+            "tasks": {
+                benchmark.name: _described(benchmark, limit, asked[benchmark.name], tokenizer, bos)
+                for benchmark in benchmarks
+            },
+            "variants": {label: _variant(variant) for label, variant in variants.items()},
         }
         store_of_run = Store.opened(None if store is None else Path(store), settings, group, items)
         _answer_missing(_Questions(subject, lm, items, variants), store_of_run, progress)
@@ -107,7 +128,8 @@ def evaluate(  # noqa: PLR0913 - public: all that decides what is asked, and how
         for task, found in items.items()
     }
     prompts = {item.prompt_hash: item.prompt for found in items.values() for item in found}
-    return scored(settings, answers, prompts, _aggregates(benchmarks, settings))
+    result = scored(settings, answers, prompts, _aggregates(benchmarks, settings))
+    return replace(result, notes=(*(note for benchmark in benchmarks for note in benchmark.notes), *result.notes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +180,8 @@ def _answers(questions: _Questions, task: str, batch: Sequence[Item], label: str
             scores=response.scores,
             tokens=response.tokens,
             seconds=seconds,
+            cut=response.cut,
+            failed=response.failed,
         )
         for response in responses
     ]
@@ -203,10 +227,12 @@ def _aggregate(benchmark: Benchmark, metric: str, values: list[Any]) -> float:
     return float(task.aggregation()[metric.partition(",")[0]](values))
 
 
-def _described(benchmark: Benchmark, limit: int | None) -> TaskSettings:
+def _described(
+    benchmark: Benchmark, limit: int | None, asked: Asked, tokenizer: PreTrainedTokenizerBase, bos: bool | None
+) -> TaskSettings:
     tasks = benchmark.tasks
     first = next(iter(tasks.values()))
-    return {
+    described: TaskSettings = {
         "lm_eval_tasks": {name: str(task.VERSION) for name, task in tasks.items()},
         "fewshot": first.config.num_fewshot or 0,
         "fewshot_seed": FEWSHOT_SEED,
@@ -215,7 +241,12 @@ def _described(benchmark: Benchmark, limit: int | None) -> TaskSettings:
         "data_sha256": dict(benchmark.data),
         "cite": benchmark.cite,
         "metrics": metrics_of(benchmark),
+        "left_out": dict(asked.left_out) or None,
+        "prompts_cut": {item.key: item.n_lost for item in asked.items if item.n_lost} or None,
     }
+    if first.OUTPUT_TYPE == "loglikelihood_rolling":
+        described["begins_with"] = rolling_beginning(tokenizer, bos)
+    return described
 
 
 def _variant(variant: Variant | None) -> Any:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import InputError, require_known
+from melayer.data.chat import render
+from melayer.data.tokens import Affixes, Ids
+from melayer.errors import InputError, border, reason, require_known
+from melayer.evaluation.cut_off import watched
+from melayer.evaluation.faults import encoded_pair, fault, left_out_note, unfit
 from melayer.evaluation.settings import MetricSettings
 from melayer.evaluation.tasks import FEWSHOT_SEED, Benchmark, quiet
 
@@ -38,6 +43,17 @@ class Item:
     prompt: str
     prompt_hash: str
     """Sixteen hexadecimal digits of the sha256 of all that is asked, choices and settings of generation included."""
+    n_lost: int = 0
+    """Tokens at the prompt's beginning for which the model has no room, so that lm-eval leaves them out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The questions of a benchmark."""
+
+    items: tuple[Item, ...]
+    left_out: Mapping[str, str]
+    """By key why an item cannot be asked or judged."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +65,31 @@ class Response:
     output: Any
     scores: dict[str, Any]
     tokens: int
+    cut: bool | None
+    """Whether a generated answer ended because it was not allowed to be longer; None where nothing is generated."""
+    failed: str | None
+    """Why it has no scores, where it has none."""
 
 
 @contextmanager
 def harness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_length: int | None,
+    bos: bool | None = None,
 ) -> Iterator[Any]:
-    """lm-eval's model class around this very model, so that hooks fire; the model's mode is put back afterwards."""
+    """lm-eval's model class around this very model, so that hooks fire; the model's mode is put back afterwards.
+
+    Args:
+        model: The model.
+        tokenizer: The model's.
+        batch_size: Items answered at once.
+        max_length: Tokens of prompt and answer at most.
+        bos: What the likelihood of a whole text begins with, see `rolling_beginning`.
+    """
+    from lm_eval import utils
     from lm_eval.models.huggingface import HFLM
 
     class Quiet(HFLM):  # type: ignore[misc]
@@ -64,6 +98,44 @@ def harness(
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
 
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            """As lm-eval's, which drops the system prompt without a word where the template refuses it."""
+            return render(
+                self.tokenizer,
+                chat_history,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        def tok_batch_encode(self, strings: Any, *given: Any, **options: Any) -> Any:
+            """As lm-eval's, which looks at the first prompt alone to tell whether they bring BOS themselves."""
+            bos = str(self.tokenizer.bos_token)
+            brings = [text.startswith(bos) for text in strings] if adds_bos else [False]
+            if any(brings) and not all(brings):
+                strings = [text.removeprefix(bos) for text in strings]
+            return super().tok_batch_encode(strings, *given, **options)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            """The log-likelihood of whole texts, each from its own first token on.
+
+            lm-eval's own puts BOS (or the end of text) in front, also where the tokenizer does not, which takes away
+            the massive token of some models, and where it does, so that it is there twice.
+            """
+            windows = []
+            for place, request in enumerate(requests):
+                ids = list(beginning.of_text(request.args[0]).ids)
+                rolling = utils.get_rolling_token_windows(ids[1:], ids[0], self.max_length, 1) if ids else ()
+                windows += [(place, (None, *utils.make_disjoint_window(window))) for window in rolling]
+            totals = [0.0] * len(requests)
+            for start in range(0, len(windows), int(self.batch_size)):
+                places, batch = zip(*windows[start : start + int(self.batch_size)], strict=True)
+                scored = self._loglikelihood_tokens(list(batch), override_bs=len(batch))
+                for place, (nll, _) in zip(places, scored, strict=True):
+                    totals[place] += nll
+            return totals
+
+    beginning = Ids.of(tokenizer, bos)
+    adds_bos = Affixes.of(tokenizer).adds_bos(tokenizer)
     training = model.training
     try:
         with quiet():
@@ -74,13 +146,20 @@ def harness(
                 max_length=max_length,
                 # In bfloat16 it would add up log-likelihoods of thousands in steps of 16.
                 softmax_dtype="float32",
+                trust_remote_code=False,  # the model is loaded already, so that no code can be asked for
             )
         yield lm
     finally:
         model.train(training)
 
 
-def items_of(benchmark: Benchmark, lm: Any, *, chat: bool, system: str | None, limit: int | None) -> list[Item]:
+def rolling_beginning(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> str:
+    """What the likelihood of a whole text begins with, in words: for the settings, since figures depend on it."""
+    adds = bos if bos is not None else Affixes.of(tokenizer).adds_bos(tokenizer)
+    return f"BOS ({tokenizer.bos_token})" if adds else "the text's first token, which is not predicted"
+
+
+def items_of(benchmark: Benchmark, lm: Any, *, chat: bool, system: str | None, limit: int | None) -> Asked:
     """The benchmark's questions in its own order, as lm-eval asks them.
 
     Args:
@@ -91,37 +170,87 @@ def items_of(benchmark: Benchmark, lm: Any, *, chat: bool, system: str | None, l
         limit: Take only the first of each task.
 
     Raises:
-        InputError: A task asks in a way that is not supported, or for longer answers than the model has room for.
+        InputError: A task asks in a way that is not supported, or for longer answers than the model has room for, or
+            none of its items can be asked.
     """
-    found = []
+    found: list[Item] = []
+    left_out = dict(benchmark.unread)
     for name, task in benchmark.tasks.items():
-        require_known(task.OUTPUT_TYPE, _METHODS, f"The task {name} asks by {task.OUTPUT_TYPE}")
-        if task.OUTPUT_TYPE == "generate_until":
-            longest = int(task.config.generation_kwargs["max_gen_toks"])
-            if longest >= lm.max_length:
-                raise InputError(
-                    f"Answers to {name} may have {longest} tokens, and the model has room for {lm.max_length} with the "
-                    "prompt. Give --max-new-tokens (load_tasks(max_new_tokens=...)), and say so beside the figures."
-                )
+        _require_askable(name, task, lm)
         # Each time anew: the task goes on drawing solved examples where it stopped.
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        task.build_all_requests(
-            limit=limit,
-            system_instruction=system,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-            chat_template=lm.apply_chat_template if chat else None,
-            tokenizer_name=lm.tokenizer_name if chat else "",
+        options = {
+            "apply_chat_template": chat,
+            "chat_template": lm.apply_chat_template if chat else None,
+        }
+        for place, doc in zip(range(limit or len(task.eval_docs)), task.eval_docs, strict=False):
+            key = f"{name}/{place}"
+            requests: list[Any] = []
+            try:
+                why = fault(task, doc, benchmark.fields)
+                if why is None:
+                    requests = _requests(task, place, doc, system, options)
+                    why = unfit(lm, requests) if requests else "it asks nothing"
+            except Exception as error:  # noqa: BLE001 - whatever a task's own code raises over a row
+                why = reason(error)
+            if why is None:
+                found.append(_item(key, task, requests, lm))
+            else:
+                left_out[key] = why
+    if not found:
+        raise InputError(
+            left_out_note(benchmark.name, left_out, len(left_out), "cannot be asked or judged")
+            + " Give other items, or another task."
         )
-        by_place: dict[int, list[Any]] = {}
-        for request in task.instances:
-            by_place.setdefault(request.doc_id, []).append(request)
-        for place, requests in by_place.items():
-            asked = repr([request.args for request in requests])
-            digest = hashlib.sha256(asked.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
-            prompt = str(requests[0].args[0])
-            found.append(Item(f"{name}/{place}", task, tuple(requests), prompt, digest))
-    return found
+    return Asked(tuple(found), left_out)
+
+
+def _require_askable(name: str, task: Any, lm: Any) -> None:
+    """Raises InputError where the whole task cannot be asked as it is meant."""
+    require_known(task.OUTPUT_TYPE, _METHODS, f"The task {name} asks by {task.OUTPUT_TYPE}")
+    if (task.config.repeats or 1) > 1:
+        raise InputError(
+            f"The task {name} asks each question {task.config.repeats} times and votes, which is not supported. "
+            "Give another task."
+        )
+    if task.OUTPUT_TYPE == "generate_until":
+        longest = int(task.config.generation_kwargs["max_gen_toks"])
+        if longest >= lm.max_length:
+            raise InputError(
+                f"Answers to {name} may have {longest} tokens, and the model has room for {lm.max_length} with the "
+                "prompt. Give --max-new-tokens (load_tasks(max_new_tokens=...)), and say so beside the figures."
+            )
+
+
+def _requests(task: Any, place: int, doc: Any, system: str | None, options: Mapping[str, Any]) -> list[Any]:
+    """What lm-eval asks about one row, as its `build_all_requests` does for all of them."""
+    context = task.fewshot_context(
+        doc,
+        num_fewshot=task.config.num_fewshot or 0,
+        system_instruction=system,
+        fewshot_as_multiturn=options["apply_chat_template"],
+        gen_prefix=task.doc_to_prefix(doc),
+        **options,
+    )
+    metadata = (task.config.task, place, task.config.repeats)
+    made = task.construct_requests(doc=doc, ctx=context, metadata=metadata, **options)
+    return list(made) if isinstance(made, list) else [made]
+
+
+def _item(key: str, task: Any, requests: Sequence[Any], lm: Any) -> Item:
+    asked = repr([request.args for request in requests])
+    digest = hashlib.sha256(asked.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
+    return Item(key, task, tuple(requests), str(requests[0].args[0]), digest, max(_lost(one, lm) for one in requests))
+
+
+def _lost(request: Any, lm: Any) -> int:
+    """Tokens at a prompt's beginning that lm-eval leaves out for want of room."""
+    if request.request_type == "generate_until":
+        room = int(lm.max_length) - int(request.args[1]["max_gen_toks"])
+        return max(0, len(lm.tok_encode(request.args[0])) - room)
+    if request.request_type == "loglikelihood":
+        return max(0, sum(map(len, encoded_pair(lm, *request.args))) - int(lm.max_length) - 1)
+    return 0  # a long text is scored in several windows, all of it
 
 
 def item_batches(items: Sequence[Item], lm: Any) -> list[list[Item]]:
@@ -130,7 +259,7 @@ def item_batches(items: Sequence[Item], lm: Any) -> list[list[Item]]:
     def order(item: Item) -> tuple[Any, ...]:
         request = item.requests[0]
         if request.request_type == "loglikelihood":
-            context, continuation = lm._encode_pair(*request.args)
+            context, continuation = encoded_pair(lm, *request.args)
             # A choice of one token costs no place: lm-eval reads it off where the context ends.
             tokens = context + continuation
             return (-len(tokens), tuple(tokens))
@@ -152,22 +281,45 @@ def item_batches(items: Sequence[Item], lm: Any) -> list[list[Item]]:
 
 
 def answer(batch: Sequence[Item], lm: Any) -> list[Response]:
-    """One batch answered by the model as it is now, and scored."""
+    """One batch answered by the model as it is now, and scored.
+
+    Raises:
+        InputError: The model cannot answer.
+    """
     kind = batch[0].requests[0].request_type
-    requests = [request for item in batch for request in item.requests]
-    outputs = iter(getattr(lm, _METHODS[kind])([copy.copy(request) for request in requests], disable_tqdm=True))
-    found = []
-    for item in batch:
-        said = [next(outputs) for _ in item.requests]
-        output = said[0] if len(said) == 1 else said
-        if kind == "generate_until":
-            tokens = len(lm.tok_encode(output))
-        elif kind == "loglikelihood":
-            tokens = sum(len(lm._encode_pair(*request.args)[1]) for request in item.requests)
-        else:
-            tokens = len(lm.tok_encode(item.requests[0].args[0]))
-        found.append(Response(item.key, item.prompt_hash, output, score(item, said), tokens))
-    return found
+    requests = [copy.copy(request) for item in batch for request in item.requests]
+    todo = "Give a smaller --batch-size or --max-length, or another dtype; with --out what was answered is kept."
+    with ExitStack() as stack:
+        stack.enter_context(border(f"The batch of {batch[0].key} cannot be answered", todo))
+        cut = stack.enter_context(watched(lm)) if kind == "generate_until" else {}
+        outputs = iter(getattr(lm, _METHODS[kind])(requests, disable_tqdm=True))
+        return [_response(item, [next(outputs) for _ in item.requests], kind, lm, cut) for item in batch]
+
+
+def _response(item: Item, said: list[Any], kind: str, lm: Any, cut: Mapping[str, deque[bool]]) -> Response:
+    output = said[0] if len(said) == 1 else said
+    cut_off, failed = None, None
+    if kind == "generate_until":
+        tokens = len(lm.tok_encode(output))
+        cut_off = cut[item.requests[0].args[0]].popleft()
+    elif kind == "loglikelihood":
+        tokens = sum(len(encoded_pair(lm, *request.args)[1]) for request in item.requests)
+    else:
+        tokens = len(lm.tok_encode(item.requests[0].args[0]))
+    scores: dict[str, Any] = {}
+    if kind != "generate_until" and not all(map(math.isfinite, _log_likelihoods(said))):
+        # lm-eval would take it for the largest, or for the mean of all.
+        output, failed = None, "the log-likelihood is not finite"
+    else:
+        try:
+            scores = score(item, said)
+        except Exception as error:  # noqa: BLE001 - whatever a task's own code raises over an answer
+            failed = reason(error)
+    return Response(item.key, item.prompt_hash, output, scores, tokens, cut_off, failed)
+
+
+def _log_likelihoods(outputs: Sequence[Any]) -> list[float]:
+    return [float(output[0] if isinstance(output, tuple | list) else output) for output in outputs]
 
 
 def score(item: Item, outputs: Sequence[Any]) -> dict[str, Any]:
@@ -219,7 +371,5 @@ def _value_and_size(task: Any, metric: str, value: Any) -> Any:
     else:
         return value
     if not all(map(math.isfinite, pair)):
-        raise InputError(
-            f"{task.config.task} gave {pair[0]} for {metric}: the model's output is not finite. Try --dtype float32."
-        )
+        raise ValueError(f"{metric} is {pair[0]:g}")
     return pair

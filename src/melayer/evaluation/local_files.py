@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from melayer.errors import InputError
+from melayer.data.documents import Rejected
+from melayer.data.encodings import CONVERT
+from melayer.data.entries import BadRowError, Entry, entries, whole
+from melayer.data.files import is_there, printable, shown
+from melayer.data.formats import format_of
+from melayer.errors import InputError, border
+from melayer.evaluation.row_checks import checked_row
 
 Rows = list[dict[str, Any]]
 
@@ -96,66 +99,89 @@ ALIASES = {benchmark.task: name for name, benchmark in BENCHMARKS.items()}
 """Our names by lm-eval's."""
 
 
+@dataclass(frozen=True)
+class LocalRows:
+    """The rows of a benchmark's files."""
+
+    splits: Mapping[str, Rows]
+    notes: tuple[str, ...] = ()
+    """On the rows that are left out: how many of which file, and why the first are."""
+
+
 def custom_dataset(splits: Mapping[str, Rows]) -> Callable[..., dict[str, Any]]:
     """What lm-eval calls instead of reading from the hub: the rows of each split."""
 
     def made(**_: Any) -> dict[str, Any]:
         import datasets
 
-        return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        with border("The rows of a benchmark do not make one table", "Give each field the same type in all rows."):
+            return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
 
     return made
 
 
-def read_splits(name: str, data: Path) -> dict[str, Rows]:
-    """The rows of a benchmark's files.
+def read_splits(name: str, data: Path) -> LocalRows:
+    """The rows of a benchmark's files; those that cannot be asked or scored are left out, counted and named.
 
     Args:
         name: One of `NAMES`.
         data: The directory above its files.
 
     Raises:
-        InputError: A file is missing, cannot be read or holds no items, or a row lacks a field.
+        InputError: A file is missing or cannot be read, or none of its rows can be used.
     """
-    benchmark, splits = BENCHMARKS[name], {}
+    benchmark, splits, notes = BENCHMARKS[name], {}, []
     for split, file in benchmark.files.items():
         path = data / file
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise InputError(f"{name} needs {path}, which is missing. Add it, or leave --data out.") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read: {error}. {name} needs a UTF-8 file.") from error
-        rows = _rows(path, text)
-        if not rows:
-            raise InputError(f"{path} holds no items.")
-        for place, row in enumerate(rows):
-            missing = [field for field in benchmark.fields if field not in row]
-            if missing:
-                raise InputError(
-                    f"Row {place} of {path} has no field {missing[0]!r}: it has {', '.join(map(str, row))}. "
-                    f"{name} needs {', '.join(benchmark.fields)}."
-                )
-        splits[split] = rows
-    return splits
+        if not is_there(path):
+            raise InputError(f"{name} needs {shown(path)}, which is missing. Add it, or leave --data out.")
+        splits[split], rejected = _rows(name, path, benchmark.fields)
+        if not splits[split]:
+            why = f": {'; '.join(rejected.first)}" if rejected.count else ""
+            raise InputError(
+                f"{shown(path)} holds no items that {name} can ask{why}. Its rows need {', '.join(benchmark.fields)}."
+            )
+        notes.append(rejected.note)
+    return LocalRows(splits, tuple(filter(None, notes)))
 
 
-def _rows(path: Path, text: str) -> Rows:
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    if path.suffix == ".raw":
-        return [{"page": page} for page in documents(text)]
-    rows = []
-    # Not splitlines(), which also cuts at separators that JSON strings may hold.
-    for place, line in enumerate(text.removesuffix("\n").split("\n") if text else []):
+def checked_rows(name: str, rows: Iterable[tuple[str, Callable[[], Any]]], rejected: Rejected) -> Rows:
+    """The rows that can be asked and scored.
+
+    Args:
+        name: The benchmark.
+        rows: Where each stands, and what gives it.
+        rejected: Where the others are counted.
+    """
+    kept = []
+    for place, row in rows:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"Line {place + 1} of {path} is no JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise InputError(f"Line {place + 1} of {path} is no JSON object.")
-        rows.append(row)
-    return rows
+            kept.append(checked_row(name, BENCHMARKS[name].fields, row()))
+        except BadRowError as error:
+            rejected.add(f"{place}: {error}")
+    return kept
+
+
+def _rows(name: str, path: Path, fields: tuple[str, ...]) -> tuple[Rows, Rejected]:
+    rejected = Rejected(printable(path.name))
+    of_wikitext = fields == ("page",)
+    format = format_of(path, whole=of_wikitext)
+    if format is None:
+        return [], rejected
+    if of_wikitext:
+        try:
+            pages = documents(whole(path, format).value())
+        except BadRowError as error:
+            raise InputError(f"{shown(path)} cannot be read as text: {error}. {CONVERT}") from error
+        return checked_rows(
+            name, ((f"article {at}", _given({"page": page})) for at, page in enumerate(pages)), rejected
+        ), rejected
+    found = (entry for entry in entries(path, format) if isinstance(entry, Entry))
+    return checked_rows(name, ((entry.place, entry.value) for entry in found), rejected), rejected
+
+
+def _given(value: Any) -> Callable[[], Any]:
+    return lambda: value
 
 
 def documents(text: str) -> list[str]:
@@ -166,7 +192,8 @@ def documents(text: str) -> list[str]:
         2
     """
     found: list[list[str]] = []
-    lines = text.splitlines(keepends=True)
+    # Not splitlines(), which also cuts at what ends no line, see `data.entries`.
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     for place, line in enumerate(lines):
         # A line such as ` = 3 = ` within an article stands beside text; a heading stands between empty lines.
         alone = not "".join(lines[max(0, place - 1) : place] + lines[place + 1 : place + 2]).strip()

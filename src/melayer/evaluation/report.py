@@ -52,8 +52,12 @@ def _forest(result: EvalResult) -> Plot:
         marker,
         template=hover("%{y}: %{x:+.1f} (%{text})"),
     )
-    up = [round(100 * (comparison.high - comparison.difference), 3) for comparison in comparisons]
-    down = [round(100 * (comparison.difference - comparison.low), 3) for comparison in comparisons]
+    ends = [
+        (one.difference if one.low is None else one.low, one.difference if one.high is None else one.high)
+        for one in comparisons
+    ]
+    up = [round(100 * (high - one.difference), 3) for (_, high), one in zip(ends, comparisons, strict=True)]
+    down = [round(100 * (one.difference - low), 3) for (low, _), one in zip(ends, comparisons, strict=True)]
     differences["error_x"] = figures.whiskers(up, down, thickness=2)
     differences["text"] = [f"wins {one.wins}, losses {one.losses}, p {one.adjusted:.3g}" for one in comparisons]
     base = primary[0].base
@@ -62,7 +66,7 @@ def _forest(result: EvalResult) -> Plot:
         "Each variant against the first",
         _resolution(primary),
         f"Each point is a variant's score less that of {base} on the same items, in points of accuracy (of "
-        "perplexity: hundredths of a nat a word, more is better); the bar is the 95 % paired bootstrap interval. Blue: "
+        "perplexity: hundredths of a nat a word, more is better); the bar is its 95 % interval. Blue: "
         "a difference is shown after Holm's correction. ↓ marks a score of which less is better.",
         figures.figure(
             [differences],
@@ -77,7 +81,7 @@ def _forest(result: EvalResult) -> Plot:
 def _resolution(primary: Sequence[Change]) -> str:
     """How small a difference these items can show."""
     accuracies = [change.comparison for change in primary if change.kind == "mean"]
-    widths = [50 * (one.high - one.low) for one in accuracies if one.wins + one.losses]
+    widths = [50 * (one.high - one.low) for one in accuracies if one.high is not None and one.low is not None]
     if not widths:
         return ""
     return (
@@ -92,17 +96,19 @@ def _scores(result: EvalResult) -> Table:
             score.task,
             score.metric + (" *" if score.primary else ""),
             score.variant,
-            f"{score.value:.1%}" if score.kind == "mean" else f"{score.value:.4f}",
-            ABSENT if score.low is None or score.high is None else f"{score.low:.1%} to {score.high:.1%}",
+            score.shown,
+            score.interval or ABSENT,
             score.n,
+            score.cut or ABSENT,
         ]
         for score in result.scores
     ]
     return Table(
         "Scores",
-        ["task", "metric", "variant", "score", "95 % interval", "items"],
+        ["task", "metric", "variant", "score", "95 % interval", "items", "cut off"],
         rows,
-        takeaway="Shares of right answers with Wilson's interval. An asterisk marks what a benchmark is judged by.",
+        takeaway="Shares of right answers with Wilson's interval, others with Student's t by item. An asterisk marks "
+        "what a benchmark is judged by. Cut off: answers that were not allowed to be longer.",
     )
 
 
@@ -113,7 +119,7 @@ def _differences(result: EvalResult) -> Table:
             change.metric + (" *" if change.primary else ""),
             change.variant,
             f"{100 * found.difference:+.1f}",
-            f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
+            ABSENT if found.low is None or found.high is None else f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
             found.wins,
             found.losses,
             found.ties,
@@ -125,8 +131,9 @@ def _differences(result: EvalResult) -> Table:
         f"Differences from {result.changes[0].base}, item by item",
         ["task", "metric", "variant", "difference", "95 % interval", "wins", "losses", "ties", "p"],
         rows,
-        takeaway="In points, or hundredths of a nat for log-likelihood, with the paired bootstrap's interval; p by the "
-        "exact McNemar test, or by sign flips where an item is not just right or wrong. What a benchmark is judged by "
+        takeaway="In points, or hundredths of a nat for log-likelihood, with its interval (Tango's score interval, or "
+        "Student's t by item where an item is not just right or wrong); p by the mid-p McNemar test, or by sign flips. "
+        "What a benchmark is judged by "
         "(*) is corrected, all of it together (Holm); the rest describes.",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -29,6 +29,11 @@ class StoredAnswer(TypedDict):
     """Generated, or scored."""
     seconds: float
     """The batch's time shared out evenly."""
+    cut: NotRequired[bool | None]
+    """Whether a generated answer ended because it was not allowed to be longer; None where nothing is generated, and
+    missing in what an older version kept."""
+    failed: NotRequired[str | None]
+    """Why it has no scores, where it has none."""
 
 
 Answers = Mapping[str, Mapping[str, Mapping[str, StoredAnswer]]]
@@ -42,16 +47,48 @@ class Score:
     task: str
     metric: str
     variant: str
-    value: float
+    value: float | None
+    """None where it is larger than any number that there is."""
     low: float | None
     high: float | None
-    """Wilson interval of a share of right answers; None for other values."""
+    """Of right answers: Wilson's interval. Of shares of an item's parts, and of ratios of log-likelihoods: Student's t
+    by item (`intervals.ratio_interval`). None where neither is to be had."""
     n: int
     """Items."""
     kind: str
     """`mean`, `other`, or the ratio of log-likelihoods that it is."""
     primary: bool
     """Whether the benchmark is judged by it."""
+    n_cut: int | None = None
+    """Answers among them that ended because they were not allowed to be longer; None where nothing is generated."""
+    n_cut_unknown: int = 0
+    """Answers among them of which that is not known, since an older version kept them."""
+
+    @property
+    def shown(self) -> str:
+        """The value for people."""
+        return self._written(self.value)
+
+    @property
+    def interval(self) -> str | None:
+        """The interval for people; None where there is none."""
+        if self.low is None or self.high is None:
+            return None
+        return f"{self._written(self.low)} to {self._written(self.high)}"
+
+    @property
+    def cut(self) -> str | None:
+        """How many answers were cut off, for people; None where nothing was generated."""
+        if self.n_cut_unknown:
+            return "unknown" if self.n_cut is None else f"at least {self.n_cut}"
+        return None if self.n_cut is None else f"{self.n_cut} ({self.n_cut / self.n:.1%})"
+
+    def _written(self, value: float | None) -> str:
+        if value is None:
+            return "beyond 1e300"
+        if self.kind == "mean":
+            return f"{value:.1%}"
+        return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
 @dataclass(frozen=True)
@@ -123,8 +160,10 @@ class EvalResult:
     def sentence(self) -> str:
         """The answer in one sentence, computed from the figures."""
         judged = [change for change in self.changes if change.primary]
-        if not judged:
+        if not judged and len(self.settings["variants"]) < 2:
             return f"{len(self.scores)} figures of one variant; nothing was compared."
+        if not judged:
+            return "No metric that a benchmark is judged by could be compared; see the notes."
         gains: list[Change] = []
         losses: list[Change] = []
         for change in judged:

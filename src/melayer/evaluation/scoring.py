@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from melayer.evaluation.notes import notes_of
 from melayer.evaluation.result import Answers, Change, EvalResult, Score, StoredAnswer
-from melayer.evaluation.settings import EvalSettings, MetricSettings, TaskSettings
+from melayer.evaluation.settings import EvalSettings, MetricSettings
 from melayer.numerics import paired
+from melayer.numerics.finite import finite
+from melayer.numerics.intervals import ratio_interval
 
 Aggregates = Mapping[tuple[str, str], Callable[[list[Any]], float]]
 """By task and metric what lm-eval makes of all items' values, where that is no mean."""
@@ -30,16 +33,21 @@ def scored(
     for task, by_variant in answers.items():
         about = settings["tasks"][task]
         base = next(iter(by_variant))
+        generated = about["generation"] is not None
         for metric, counted in about["metrics"].items():
             aggregate = (aggregates or {}).get((task, metric))
-            found = [_score(task, metric, counted, label, rows, aggregate) for label, rows in by_variant.items()]
+            keys = keys_of(by_variant, metric)
+            found = [
+                _score(task, metric, counted, label, [rows[key] for key in keys], aggregate, generated)
+                for label, rows in by_variant.items()
+            ]
             scores += [score for score in found if score is not None]
             if counted["kind"] == "other":
                 notes.append(f"{metric} of {task} is no mean over items, so its variants are not compared in pairs.")
                 continue
             compared = [change_of(task, metric, counted, base, label, by_variant) for label in list(by_variant)[1:]]
             changes += [change for change in compared if change is not None]
-        notes += _cut_off(task, about, by_variant)
+        notes += notes_of(task, about, by_variant)
     judged = paired.holm([change.comparison for change in changes if change.primary])
     corrected = iter(judged)
     changes = [replace(one, comparison=next(corrected)) if one.primary else one for one in changes]
@@ -55,7 +63,8 @@ def change_of(
     by_variant: Mapping[str, Mapping[str, StoredAnswer]],
 ) -> Change | None:
     """One metric of one task: a variant against the base; None where no item has the metric."""
-    before, after = (values_of(by_variant[label], by_variant[label], metric) for label in (base, variant))
+    keys = keys_of(by_variant, metric)
+    before, after = (values_of(by_variant[label], keys, metric) for label in (base, variant))
     if not before:
         return None
     comparison = paired.compare(
@@ -66,6 +75,16 @@ def change_of(
         higher_is_better=counted["higher_is_better"] or counted["kind"] != "mean",
     )
     return Change(task, metric, variant, base, counted["kind"], counted["primary"], comparison)
+
+
+def keys_of(by_variant: Mapping[str, Mapping[str, StoredAnswer]], metric: str) -> list[str]:
+    """The items that have the metric under every variant, so that all of them are counted on the same ones."""
+    first, *others = by_variant.values()
+    return [
+        key
+        for key, row in first.items()
+        if metric in row["scores"] and all(metric in of[key]["scores"] for of in others)
+    ]
 
 
 def values_of(rows: Mapping[str, StoredAnswer], keys: Iterable[str], metric: str) -> list[tuple[float, float]]:
@@ -80,7 +99,9 @@ def together(kind: str, values: Sequence[tuple[float, float]]) -> float:
     mean = math.fsum(value for value, _ in values) / math.fsum(size for _, size in values)
     if kind == "mean":
         return mean
-    return -mean / math.log(2) if kind == "bits_per_byte" else math.exp(-mean)
+    if kind == "bits_per_byte":
+        return -mean / math.log(2)
+    return math.exp(-mean) if mean > -700 else math.inf  # e^709 is the largest number that there is
 
 
 def _score(
@@ -88,34 +109,55 @@ def _score(
     metric: str,
     counted: MetricSettings,
     variant: str,
-    rows: Mapping[str, StoredAnswer],
+    rows: Sequence[StoredAnswer],
     aggregate: Callable[[list[Any]], float] | None,
+    generated: bool,
 ) -> Score | None:
     kind, primary = counted["kind"], counted["primary"]
+    n_cut, unknown = _counted_cut(rows) if generated else (None, 0)
     if kind == "other":
-        raw = [row["scores"][metric] for row in rows.values() if metric in row["scores"]]
-        if aggregate is None or not raw:
+        raw = [row["scores"][metric] for row in rows]
+        value = None if aggregate is None or not raw else _aggregated(aggregate, raw)
+        if value is None:
             return None
-        return Score(task, metric, variant, float(aggregate(raw)), None, None, len(raw), kind, primary)
-    values = values_of(rows, rows, metric)
+        return Score(task, metric, variant, value, None, None, len(raw), kind, primary, n_cut, unknown)
+    values = [(float(value), float(size)) for value, size in (row["scores"][metric] for row in rows)]
     if not values:
         return None
-    low = high = None
+    low, high = _interval(kind, values)
+    value = finite(together(kind, values))
+    return Score(task, metric, variant, value, low, high, len(values), kind, primary, n_cut, unknown)
+
+
+def _aggregated(aggregate: Callable[[list[Any]], float], raw: list[Any]) -> float | None:
+    """The metric over all items; None where it is no number, or lm-eval cannot make it."""
+    try:
+        return finite(aggregate(raw))
+    except Exception:  # noqa: BLE001 - whatever a task's own code raises
+        return None
+
+
+def _interval(kind: str, values: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """Both ends of the interval of the metric over items."""
+    sums, sizes = zip(*values, strict=True)
     if kind == "mean" and all(value in (0, 1) and size == 1 for value, size in values):
-        share = paired.wilson(int(sum(value for value, _ in values)), len(values))
-        low, high = share.low, share.high
-    return Score(task, metric, variant, together(kind, values), low, high, len(values), kind, primary)
+        share = paired.wilson(int(sum(sums)), len(sums))
+        return share.low, share.high
+    if kind == "mean":
+        if not all(0 <= value <= size for value, size in values):
+            return ratio_interval(sums, sizes) or (None, None)
+        # One item more that is right in all of its parts and one that is wrong in all of them.
+        low, high = ratio_interval(sums, sizes, added=(sum(sizes) / len(sizes), 0)) or (0.0, 1.0)
+        return max(low, 0.0), min(high, 1.0)
+    ends = ratio_interval(sums, sizes)
+    if ends is None:
+        return None, None
+    # The perplexity falls with the log-likelihood.
+    return finite(together(kind, [(ends[1], 1.0)])), finite(together(kind, [(ends[0], 1.0)]))
 
 
-def _cut_off(task: str, about: TaskSettings, by_variant: Mapping[str, Mapping[str, StoredAnswer]]) -> list[str]:
-    """A note where answers ended because they were not allowed to be longer."""
-    if about["generation"] is None:
-        return []
-    limit = about["generation"]["max_gen_toks"]
-    # The text's tokens are counted anew, and may come to a few less than were generated.
-    long = {label: sum(row["tokens"] >= 0.95 * limit for row in rows.values()) for label, rows in by_variant.items()}
-    if not any(long.values()):
-        return []
-    n = len(next(iter(by_variant.values())))
-    counts = ", ".join(f"{count} under {label}" for label, count in long.items())
-    return [f"Answers to {task} of at least 95 % of the {limit} tokens allowed, of {n}: {counts}."]
+def _counted_cut(rows: Sequence[StoredAnswer]) -> tuple[int | None, int]:
+    """How many answers were cut off, and of how many that is not known; None where nothing was generated."""
+    unknown = sum("cut" not in row for row in rows)
+    known = [row["cut"] for row in rows if row.get("cut") is not None]
+    return (sum(map(bool, known)) if known else None), unknown

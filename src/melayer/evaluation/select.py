@@ -10,7 +10,7 @@ from typing import Any
 
 from melayer.errors import InputError
 from melayer.evaluation.result import Chosen, EvalResult, StoredAnswer
-from melayer.evaluation.scoring import change_of, scored, together, values_of
+from melayer.evaluation.scoring import change_of, keys_of, scored, together, values_of
 from melayer.evaluation.settings import EvalSettings
 from melayer.evaluation.store import Store, file_of, order_of
 from melayer.numerics import paired
@@ -42,7 +42,9 @@ def select(result: EvalResult, *, on: str, report_on: str, allow_same_items: boo
         for metric, about in tasks[task]["metrics"].items():
             if not about["primary"] or about["kind"] == "other" or not others:
                 continue
-            values = {label: together(about["kind"], values_of(by_variant[label], first, metric)) for label in others}
+            known = set(keys_of(by_variant, metric))
+            by = [key for key in first if key in known]
+            values = {label: together(about["kind"], values_of(by_variant[label], by, metric)) for label in others}
             rising = about["higher_is_better"]
             best = max(others, key=lambda label: values[label] if rising else -values[label])
             change = change_of(task, metric, about, base, best, kept[task])

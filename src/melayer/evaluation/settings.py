@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic reads those of `typing` from Python 3.12 on
+)
 
-from typing_extensions import TypedDict  # pydantic reads those of `typing` from Python 3.12 on
+from typing_extensions import TypedDict
 
 
 class MetricSettings(TypedDict):
@@ -30,6 +33,12 @@ class TaskSettings(TypedDict):
     data_sha256: dict[str, str]
     cite: str
     metrics: dict[str, MetricSettings]
+    left_out: NotRequired[dict[str, str] | None]
+    """By item why it cannot be asked or judged; None where all can."""
+    prompts_cut: NotRequired[dict[str, int] | None]
+    """By item how many tokens at the prompt's beginning the model has no room for; None where all have room."""
+    begins_with: NotRequired[str]
+    """Where the likelihood of whole texts is asked: what each begins with."""
 
 
 class SharedSettings(TypedDict, total=False):

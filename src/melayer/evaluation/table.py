@@ -32,23 +32,27 @@ def show_eval(result: EvalResult, console: Console) -> None:
                 print_text(console, f"{change.variant} on {result.place(change)}: {change.sentence}")
     print_text(
         console,
-        "Intervals are at 95 %: of a share Wilson's, of a difference a paired bootstrap by item. * marks what a "
-        "benchmark is judged by; these comparisons are corrected together (Holm). p: exact McNemar test of right and "
-        f"wrong, else sign flips by item. {_how(result)}",
+        "Intervals are at 95 %: of a share of right answers Wilson's, of the difference of two Tango's score interval, "
+        "else Student's t by item. * marks what a benchmark is judged by; these comparisons are corrected together "
+        f"(Holm). p: mid-p McNemar test of right and wrong, else sign flips by item. {_how(result)}",
         style="dim",
     )
 
 
 def _scores(result: EvalResult) -> Table:
     columns = [("task", False), ("metric", False), ("variant", False), ("value", True), ("interval", True), ("n", True)]
+    cut = any(score.cut is not None for score in result.scores)
+    if cut:
+        columns.append(("cut off", True))
     rows = [
         [
             score.task,
             score.metric + ("*" if score.primary else ""),
             score.variant,
-            f"{score.value:.1%}" if score.kind == "mean" else f"{score.value:.4f}",
-            ABSENT if score.low is None or score.high is None else f"{score.low:.1%}-{score.high:.1%}",
+            score.shown,
+            ABSENT if score.interval is None else score.interval.replace(" to ", "-"),
             score.n,
+            *([score.cut or ABSENT] if cut else []),
         ]
         for score in result.scores
     ]
@@ -64,7 +68,7 @@ def _changes(result: EvalResult) -> Table:
             change.metric + ("*" if change.primary else ""),
             change.variant,
             f"{100 * found.difference:+.1f}",
-            f"{100 * found.low:+.1f}..{100 * found.high:+.1f}",
+            ABSENT if found.low is None or found.high is None else f"{100 * found.low:+.1f}..{100 * found.high:+.1f}",
             found.wins,
             found.losses,
             f"{found.adjusted:.3g}",

@@ -6,14 +6,26 @@ import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from melayer.errors import InputError, first_line
-from melayer.evaluation.local_files import ALIASES, BENCHMARKS, NAMES, custom_dataset, read_splits, splits_by_task
+from melayer.data.files import is_there
+from melayer.errors import InputError, border, first_line, reason
+from melayer.evaluation.hub_code import hub_code, hub_metric
+from melayer.evaluation.local_files import (
+    ALIASES,
+    BENCHMARKS,
+    NAMES,
+    LocalRows,
+    Rows,
+    custom_dataset,
+    read_splits,
+    splits_by_task,
+)
 from melayer.evaluation.punkt import provide_punkt
-from melayer.evaluation.xstest import xstest_task
+from melayer.evaluation.xstest import rows_of_the_hub, xstest_task
 from melayer.runs.cache import sha256_of
 
 
@@ -29,6 +41,14 @@ class Benchmark:
     data: Mapping[str, str]
     """For each local file its sha256; empty where the items come from the hub."""
     cite: str = ""
+    fields: tuple[str, ...] = ()
+    """That each item must have, and not empty."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """By row of a local file why lm-eval cannot read it."""
+    trust_remote_code: bool = False
+    """Whether metrics may be code from the hub."""
+    notes: tuple[str, ...] = ()
+    """On rows of the files that are left out."""
 
     def keys(self, limit: int | None = None) -> list[str]:
         """The items, as `task/place`: the first of each task, or all."""
@@ -49,6 +69,7 @@ def load_tasks(
     data: str | Path | None = None,
     fewshot: int | None = None,
     max_new_tokens: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Benchmark, ...]:
     """The benchmarks of these names, with their items.
 
@@ -57,9 +78,12 @@ def load_tasks(
         data: A directory with the files of the benchmarks that are read from there; the others come from the hub.
         fewshot: Solved examples in each prompt; by default the task's own number.
         max_new_tokens: Tokens of a generated answer at most; by default the task's own number.
+        trust_remote_code: Whether metrics may be programs that `evaluate` fetches from the hub. Tasks that run what
+            the model writes are refused in any case.
 
     Raises:
-        InputError: A name is not known, a file is missing or lacks a field, or the hub cannot be reached.
+        InputError: A name is not known, a file is missing or lacks a field, the hub cannot be reached, or a task runs
+            code that was not asked for.
 
     Example:
         >>> load_tasks(["ifeval"], data="data")  # doctest: +SKIP
@@ -68,19 +92,34 @@ def load_tasks(
     if not names:
         raise InputError(f"No tasks were given; expected some of {', '.join(NAMES)}, or names of lm-eval's tasks.")
     _check_installed()
-    if data is not None and not Path(data).is_dir():
+    if data is not None and not (is_there(Path(data)) and Path(data).is_dir()):
         raise InputError(f"There is no directory {data}. Give the one that holds the benchmarks' files.")
-    with quiet():
+    with quiet(), hub_code(trust_remote_code) as refused:
         _check_names([name for name in names if name not in BENCHMARKS])
         benchmarks = tuple(
             _known(name, None if data is None else Path(data), fewshot) if name in BENCHMARKS else _other(name, fewshot)
             for name in names
         )
-    for task in (task for benchmark in benchmarks for task in benchmark.tasks.values()):
+    if refused:  # lm-eval leaves such a metric out with a line in its log
+        raise InputError(hub_metric(refused[0]))
+    for name, task in ((name, task) for benchmark in benchmarks for name, task in benchmark.tasks.items()):
+        if getattr(task, "UNSAFE_CODE", False):
+            raise InputError(
+                f"The task {name} runs the programs that the model writes, which melayer does not do. Give another "
+                "task, or run it with lm-eval in a place where nothing can be harmed."
+            )
         if task.OUTPUT_TYPE == "generate_until":
-            own = (task.config.generation_kwargs or {}).get("max_gen_toks", ANSWER_TOKENS)
+            with border(f"lm-eval cannot make the task {name}", "Give another task."):
+                own = _answer_tokens(task)
             task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens or own}, update=True)
-    return benchmarks
+    return tuple(replace(benchmark, trust_remote_code=trust_remote_code) for benchmark in benchmarks)
+
+
+def _answer_tokens(task: Any) -> int:
+    """How long an answer may be by the task's own settings, under any of the names that lm-eval knows for that."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return int(normalize_gen_kwargs(task.config.generation_kwargs or {}, ANSWER_TOKENS)["max_gen_toks"])
 
 
 def _check_installed() -> None:
@@ -94,31 +133,38 @@ def _check_installed() -> None:
 
 def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
     known = BENCHMARKS[name]
-    local = data is not None and any((data / file).exists() for file in known.files.values())
+    local = data is not None and any(is_there(data / file) for file in known.files.values())
     if data is not None and not local and name != "aime24":
         file = next(iter(known.files.values()))
         raise InputError(
             f"{name} is to be read from {data}, but {data / file} is missing. Add it, or leave --data out."
         )
-    splits = {} if not local or data is None else read_splits(name, data)
+    found = LocalRows({}) if not local or data is None else read_splits(name, data)
     if name == "ifeval":
-        provide_punkt()
+        with border("nltk's sentence model, which IFEval needs, cannot be had", "Install 'melayer[eval]' anew."):
+            provide_punkt()
     overrides: dict[str, Any] = {} if fewshot is None else {"num_fewshot": fewshot}
+    unread: dict[str, str] = {}
     if name == "xstest":
-        tasks = {"xstest": xstest_task(splits)}
+        with border("XSTest's items cannot be read", "See docs/evaluate.md for what its file looks like."):
+            found = found if local else rows_of_the_hub()
+            tasks = {"xstest": xstest_task(found.splits)}
     else:
         children = []
-        for task, rows in splits_by_task(name, splits).items():
+        for task, rows in splits_by_task(name, found.splits).items():
             child = {"task": task, **overrides}
             if rows:
-                child |= {"custom_dataset": custom_dataset(rows), "dataset_kwargs": None}
+                child |= {"rows": rows, "dataset_kwargs": None}
                 # Splits that nothing is taken from, but that lm-eval would look for.
                 unused = {"training_split": "train", "validation_split": "validation"}
                 child |= {key: None for key, split in unused.items() if split not in rows}
             children.append(child)
-        tasks = _loaded(children, known.folder)
-    files = {} if data is None or not splits else {file: sha256_of(data / file) for file in known.files.values()}
-    return Benchmark(name, tasks, known.primary, files, known.cite)
+        if found.splits:
+            tasks, unread = _loaded_from_rows(children, known.folder)
+        else:
+            tasks = _loaded(children, known.folder)
+    files = {} if data is None or not local else {file: sha256_of(data / file) for file in known.files.values()}
+    return Benchmark(name, tasks, known.primary, files, known.cite, known.fields, unread, notes=found.notes)
 
 
 def _other(name: str, fewshot: int | None) -> Benchmark:
@@ -126,34 +172,91 @@ def _other(name: str, fewshot: int | None) -> Benchmark:
     return Benchmark(name, _loaded([{"task": name, **overrides}], None), (), {})
 
 
-def _loaded(children: Sequence[dict[str, Any]], folder: str | None) -> dict[str, Any]:
+def _loaded_from_rows(children: Sequence[dict[str, Any]], folder: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tasks of rows at hand, without those that a task's own preparation fails on, and why it does."""
+
+    def made(rows_of: Mapping[str, Mapping[str, Rows]]) -> dict[str, Any]:
+        given = [
+            {key: value for key, value in child.items() if key != "rows"}
+            | {"custom_dataset": custom_dataset(rows_of[child["task"]])}
+            for child in children
+        ]
+        return _loaded(given, folder)
+
+    rows = {child["task"]: child["rows"] for child in children}
+    try:
+        return made(rows), {}
+    except InputError as error:
+        kept: dict[str, dict[str, Rows]] = {}
+        unread: dict[str, str] = {}
+        for task, splits in rows.items():
+            kept[task] = {}
+            for split, of_split in splits.items():
+                why = [_unprepared(task, folder, row) for row in of_split]
+                kept[task][split] = [row for row, fault in zip(of_split, why, strict=True) if fault is None]
+                unread |= {f"{task}, row {place} of {split}": fault for place, fault in enumerate(why) if fault}
+        if not unread or not all(of_split for splits in kept.values() for of_split in splits.values()):
+            raise error
+        return made(kept), unread
+
+
+def _unprepared(task: str, folder: str, row: Mapping[str, Any]) -> str | None:
+    """Why a task's preparation of its rows fails on this one; None where it does not."""
     import datasets
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        prepare = load_yaml(_manager(folder).task_index[task].yaml_path).get("process_docs")
+        alone = datasets.Dataset.from_list([dict(row)])
+        list(alone if prepare is None else prepare(alone))
+    except Exception as error:  # noqa: BLE001 - whatever a task's own code raises over a row
+        return reason(error)
+    return None
+
+
+@cache
+def _manager(folder: str | None) -> Any:
+    """lm-eval's list of tasks: of one folder, or all."""
     import lm_eval.tasks
 
     if folder is None:
-        manager = lm_eval.tasks.TaskManager()
-    else:
-        # The list of all fourteen thousand tasks takes seven seconds to make.
-        path = Path(lm_eval.tasks.__file__).parent / folder
-        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(path))
+        return lm_eval.tasks.TaskManager()
+    # The list of all fourteen thousand tasks takes seven seconds to make.
+    path = Path(lm_eval.tasks.__file__).parent / folder
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(path))
+
+
+def _loaded(children: Sequence[dict[str, Any]], folder: str | None) -> dict[str, Any]:
+    import datasets
+
+    manager = _manager(folder)
     name = children[0]["task"]
-    try:
-        return dict(manager.load({"group": "melayer", "task": list(children)})["tasks"])
-    except (datasets.exceptions.DatasetNotFoundError, OSError) as error:
-        raise InputError(
-            f"The items of {name} cannot be had from the hub ({first_line(error).rstrip('.')}). Check the network, or "
-            f"give --data DIR with local files, which {', '.join(NAMES)} can be read from."
-        ) from error
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"lm-eval cannot make the task {name}: {first_line(error).rstrip('.')}.") from error
+    todo = (
+        f"Give other names; of local files (--data DIR) {', '.join(NAMES)} can be made."
+        if folder is None
+        else "Look at the files of --data DIR, or leave it out."
+    )
+    with border(f"lm-eval cannot make the task {name}", todo):
+        try:
+            return dict(manager.load({"group": "melayer", "task": list(children)})["tasks"])
+        except (datasets.exceptions.DatasetNotFoundError, OSError) as error:
+            raise InputError(
+                f"The items of {name} cannot be had from the hub ({first_line(error).rstrip('.')}). Check the network, "
+                f"or give --data DIR with local files, which {', '.join(NAMES)} can be read from."
+            ) from error
 
 
 def _check_names(names: Sequence[str]) -> None:
     if not names:
         return
-    from lm_eval.tasks import TaskManager
-
-    every = set(TaskManager().all_tasks)
+    for name in names:
+        if Path(name).suffix in (".yaml", ".yml") or "/" in name or "\\" in name:
+            raise InputError(
+                f"{name!r} is a file: tasks are taken by name alone, since a task's file can name programs (!function) "
+                "that would run. Give the name of one of lm-eval's tasks."
+            )
+    with border("lm-eval's list of tasks cannot be read", "Install 'melayer[eval]' anew."):
+        every = set(_manager(None).all_tasks)
     for name in names:
         if name not in every:
             near = difflib.get_close_matches(name, [*NAMES, *sorted(every)], n=4)

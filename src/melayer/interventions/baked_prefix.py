@@ -13,11 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from melayer.errors import InputError, OutputError
+from melayer.data.chat import render
+from melayer.errors import InputError, OutputError, border
 from melayer.interventions.mask import WeMask
 from melayer.loading.source import MASK_FILE
-from melayer.model import wiring
+from melayer.model import hooks, wiring
 from melayer.model.decoder import Decoder, plain_model
+from melayer.model.forward import embedding_weight, input_device
 from melayer.model.provenance import fingerprint, require_same_model
 from melayer.runs import atomic, records
 from melayer.runs.cache import sha256_of
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 TENSORS, ABOUT = "prefix.safetensors", "prefix.json"
 VERSION = 1
+_AGAIN = "Write it again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,23 +136,22 @@ class BakedPrefix:
         from transformers import DynamicCache
 
         directory = Path(directory)
+        said = f"The prefix in {directory} cannot be read"
         try:
-            said, todo = f"The baked prefix in {directory} cannot be read", "Write it again."
-            about = records.unsealed(records.read(directory / ABOUT, dict[str, Any], said, todo), said, todo)
-            if about.get("sha256", digest := sha256_of(directory / TENSORS)) != digest:
-                raise InputError(f"{said}: {TENSORS} is not as it was written (its checksum differs). {todo}")
-            tensors = load_file(directory / TENSORS)
-            ids = tuple(int(token) for token in about["ids"])
-            computed_by = str(about["fingerprint"])
-            masked = bool(about["masked"])
-            pairs = [(tensors[f"keys.{layer}"], tensors[f"values.{layer}"]) for layer in range(len(tensors) // 2)]
+            about = records.read_sealed(directory / ABOUT, _About, said, _AGAIN)
+            if about.version != VERSION:
+                raise InputError(f"{said}: it has version {about.version}, this melayer reads {VERSION}. {_AGAIN}")
+            with border(said, _AGAIN):
+                tensors = load_file(_regular(directory / TENSORS))
+            if about.sha256 not in (None, sha256_of(directory / TENSORS)):
+                raise InputError(f"{said}: {TENSORS} is not as it was written (its checksum differs). {_AGAIN}")
+            mask = WeMask.load(directory) if about.masked else None
         except FileNotFoundError as error:
             raise InputError(
                 f"{directory} holds no baked prefix ({ABOUT} and {TENSORS}). Give a directory that `quant-check --out` "
                 "or BakedPrefix.save wrote."
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise InputError(f"The prefix in {directory} cannot be read: {error}. Write it again.") from error
+        ids, computed_by = tuple(about.ids), about.fingerprint
         plain = plain_model(model)
         here = fingerprint(plain)
         require_same_model(
@@ -160,16 +162,74 @@ class BakedPrefix:
         )
         cache = DynamicCache(config=plain.config)
         blocks = wiring.read(model).blocks
+        vocabulary = embedding_weight(plain).shape[0]
+        if not ids or not all(0 <= token < vocabulary for token in ids):
+            raise InputError(f"{said}: its ids are not from 0 to {vocabulary - 1}, or there are none. {_AGAIN}")
+        pairs = _pairs(tensors, len(ids), said)
         if len(pairs) != len(blocks):
             raise InputError(
                 f"The prefix in {directory} has the keys of {len(pairs)} blocks, and the model has {len(blocks)}. Bake "
                 "it again with this model."
             )
+        forms = _forms(plain, ids[0])
         for layer, (keys, values) in enumerate(pairs):
+            if [(of.shape[1], of.shape[3]) for of in (keys, values)] != forms[layer]:
+                raise InputError(f"{said}: the keys and values of block {layer} are not of the model's form. {_AGAIN}")
             device = next(parameter.device for parameter in blocks[layer].module.parameters())
             device = torch.device("cpu") if device.type == "meta" else device  # offloaded
             cache.update(keys.to(device, plain.dtype), values.to(device, plain.dtype), layer)
-        return cls(ids, cache, computed_by, WeMask.load(directory) if masked else None)
+        return cls(ids, cache, computed_by, mask)
+
+
+@dataclass
+class _About:
+    """What `prefix.json` says."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic looks for it here
+
+    version: int
+    melayer_version: str
+    ids: list[int]
+    fingerprint: str
+    masked: bool
+    sha256: str | None = None
+    """Of the tensors' file; the first version did not say it."""
+
+
+def _regular(path: Path) -> Path:
+    """A file, and no pipe that nobody writes."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file. {_AGAIN}")
+    return path
+
+
+def _forms(model: PreTrainedModel, token: int) -> list[list[tuple[int, int]]]:
+    """For each block the heads and the width of its keys and of its values, as the model makes them."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with hooks.measuring(model), hooks.edits_paused(model):
+        ids = torch.tensor([[token]], device=input_device(model))
+        model(ids, use_cache=True, logits_to_keep=1, **{hooks.cache_argument(model): cache})
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    return [[(of.shape[1], of.shape[3]) for of in pair if of is not None] for pair in pairs]
+
+
+def _pairs(tensors: dict[str, torch.Tensor], n_tokens: int, said: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values by block, of the same form in all of them.
+
+    Raises:
+        InputError: One is missing or of another form, or there are others among them.
+    """
+    n_blocks = len(tensors) // 2
+    names = [f"{kind}.{layer}" for layer in range(n_blocks) for kind in ("keys", "values")]
+    if sorted(names) != sorted(tensors):
+        raise InputError(f"{said}: {TENSORS} holds other tensors than keys and values of each block. {_AGAIN}")
+    for name, tensor in tensors.items():
+        fits = tensor.ndim == 4 and tensor.shape[0] == 1 and tensor.shape[2] == n_tokens
+        if not fits or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise InputError(f"{said}: {name} is not [1, heads, {n_tokens}, d] of finite numbers. {_AGAIN}")
+    return [(tensors[f"keys.{layer}"], tensors[f"values.{layer}"]) for layer in range(n_blocks)]
 
 
 def fixed_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> list[int]:
@@ -188,7 +248,7 @@ def fixed_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = Non
     rows = []
     # Beginnings of every kind, so that no token of the prefix has merged with one of them.
     for content in ("a", "The", "0", " x", "\n", "\n\n", "(", "中", "é", '"', "<", "#"):
-        text = tokenizer.apply_chat_template([*before, {"role": "user", "content": content}], tokenize=False)
+        text = render(tokenizer, [*before, {"role": "user", "content": content}])
         rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     common = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
     if not common:

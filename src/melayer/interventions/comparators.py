@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,8 +19,10 @@ import torch
 from melayer.data.rows import batches, encode
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
-from melayer.interventions.apply import exclusive, require_unmasked
-from melayer.interventions.mask import MadeFor
+from melayer.interventions import saving
+from melayer.interventions.at_work import AtWork, applied, require_unmasked
+from melayer.interventions.fields import numbers, real, whole
+from melayer.interventions.made_for import MadeFor
 from melayer.measurements.explain.explain import explain
 from melayer.measurements.locate.result import LocateResult
 from melayer.model import hooks
@@ -32,11 +35,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+class _ComparatorAtWork(AtWork):
+    """The hooks of a comparator on a model."""
+
+    def __init__(self, edit: _AtOneBlock, edits: Sequence[Edit]) -> None:
+        super().__init__(edit)
+        self._edits: Sequence[Edit] | None = edits
+        self._changes = [change for _, change in edits]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the places: the hooks are there already."""
+        return {**super().__getstate__(), "_edits": None}
+
+    def registrations(self, decoder: Decoder) -> list[hooks.Registration]:
+        """One for each edit, in order."""
+        points = [(place, point) for place, (point, _) in enumerate(self._edits or ())]
+        self._edits = None
+        return hooks.editing(points, self._changed)
+
+    def _changed(self, place: int, x: torch.Tensor) -> torch.Tensor | None:
+        if self.part_of(self.edit.me_layer) is None:
+            return None
+        return self._changes[place](x)
+
+
 @dataclass(frozen=True)
 class _AtOneBlock:
     """An edit inside one block."""
 
     me_layer: int
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without a model."""
+        object.__setattr__(self, "me_layer", whole("me_layer", self.me_layer))
 
     def to_dict(self) -> dict[str, Any]:
         """The description as plain values that JSON can hold."""
@@ -60,9 +91,13 @@ class _AtOneBlock:
             made_for.check(decoder)
         if not 0 <= self.me_layer < decoder.n_layers:
             raise InputError(f"me_layer is {self.me_layer}, but the model has blocks 0 to {decoder.n_layers - 1}.")
-        edits = self._edits(decoder, decoder.blocks[self.me_layer])
-        with exclusive(decoder), hooks.edit([(change, point) for point, change in edits], lambda fn, x: fn(x)):
-            yield
+        at_work = _ComparatorAtWork(self, self._edits(decoder, decoder.blocks[self.me_layer]))
+        with applied(decoder, at_work):
+            saving.bring_along(decoder, at_work)
+            try:
+                yield
+            finally:
+                saving.leave_behind(decoder.model, at_work)
 
     def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
         raise NotImplementedError
@@ -80,17 +115,22 @@ class SetMassive(_AtOneBlock):
 
     def __post_init__(self) -> None:
         """Checks what can be checked without a model."""
-        if not self.massive_above >= 0:
-            raise InputError(f"massive_above is {self.massive_above}; expected a size of 0 or more.")
-        values = tuple((int(dim), float(value)) for dim, value in self.values)
-        for dim, value in values:
-            if not math.isfinite(value):
-                raise InputError(f"Dimension {dim} was to be set to {value}; expected a finite number.")
-        object.__setattr__(self, "values", values)
+        super().__post_init__()
+        object.__setattr__(self, "massive_above", real("massive_above", self.massive_above, "a size of 0 or more"))
+        values = []
+        for dim, value in self.values:
+            at = whole("A dimension of values", dim)
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+                raise InputError(f"Dimension {at} was to be set to {value}; expected a finite number.")
+            values.append((at, float(value)))
+        object.__setattr__(self, "values", tuple(values))
 
     @classmethod
     def from_located(cls, located: LocateResult, *, to: Literal["zero", "mean"] = "zero") -> SetMassive:
-        """Every massive scalar at the ME layer that `locate` lists, set to zero or to its mean over the texts.
+        """Every massive scalar at the ME layer's output, set to zero or to the mean of its dimension over the texts.
+
+        Of the texts that `locate` ran it is every one, however few are listed: the threshold is the lowest of these
+        texts. So in a text whose own is higher, scalars between the two are set as well.
 
         Raises:
             InputError: There is no ME layer, or `to` is neither.
@@ -98,12 +138,9 @@ class SetMassive(_AtOneBlock):
         at = _me_layer(located)
         if to not in ("zero", "mean"):
             raise InputError(f"to is {to!r}; expected zero or mean.")
-        by_dim: dict[int, list[float]] = {}
-        for scalar in located.massive:
-            if scalar.layer == at:
-                by_dim.setdefault(scalar.dim, []).append(scalar.value)
-        values = tuple((dim, float(np.mean(of)) if to == "mean" else 0.0) for dim, of in sorted(by_dim.items()))
-        return cls(at, located.massive_above, values, MadeFor.of(located))
+        values = tuple((row.dim, row.mean if to == "mean" else 0.0) for row in located.massive_dims if row.layer == at)
+        above = located.massive_above if located.least_threshold is None else located.least_threshold
+        return cls(at, above, values, MadeFor.of(located))
 
     def _edits(self, decoder: Decoder, block: Block) -> list[Edit]:
         for dim, _ in self.values:
@@ -112,13 +149,13 @@ class SetMassive(_AtOneBlock):
         dims = torch.tensor([dim for dim, _ in self.values], dtype=torch.long)
         values = torch.tensor([value for _, value in self.values])
 
-        def change(hidden: torch.Tensor) -> torch.Tensor:
-            there = dims.to(hidden.device)
-            scalars = hidden[..., there]
-            new = torch.where(scalars.float().abs() > self.massive_above, values.to(scalars), scalars)
-            return hidden.index_copy(-1, there, new)
+        return [(block.sites["block_out"], partial(self._set, dims, values))] if self.values else []
 
-        return [(block.sites["block_out"], change)] if self.values else []
+    def _set(self, dims: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        there = dims.to(hidden.device)
+        scalars = hidden[..., there]
+        new = torch.where(scalars.float().abs() > self.massive_above, values.to(scalars), scalars)
+        return hidden.index_copy(-1, there, new)
 
 
 @dataclass(frozen=True)
@@ -131,8 +168,8 @@ class FlatGamma(_AtOneBlock):
 
     def __post_init__(self) -> None:
         """Checks what can be checked without a model."""
-        if not 0 <= self.amount <= 1:
-            raise InputError(f"amount is {self.amount}; expected a share between 0 and 1.")
+        super().__post_init__()
+        object.__setattr__(self, "amount", real("amount", self.amount, "a share between 0 and 1", most=1.0))
 
     @classmethod
     def from_located(cls, located: LocateResult, *, amount: float = 1.0) -> FlatGamma:
@@ -170,8 +207,10 @@ class CapWrite(_AtOneBlock):
 
     def __post_init__(self) -> None:
         """Checks what can be checked without a model."""
-        if not self.cap >= 0:
-            raise InputError(f"cap is {self.cap}; expected a norm of 0 or more.")
+        super().__post_init__()
+        if isinstance(self.cap, float) and math.isinf(self.cap) and self.cap > 0:
+            return  # no cap
+        object.__setattr__(self, "cap", real("cap", self.cap, "a norm of 0 or more"))
 
     @classmethod
     def calibrated(
@@ -242,13 +281,13 @@ class CapWrite(_AtOneBlock):
         if math.isinf(self.cap):
             return []
 
-        def change(write: torch.Tensor) -> torch.Tensor:
-            norm = write.float().norm(dim=-1, keepdim=True) * point.scale
-            # Where the norm is within the cap the factor is 1 exactly, and 0 / 0 never asked for.
-            factor = torch.where(norm > self.cap, self.cap / norm, torch.ones_like(norm))
-            return torch.where(factor < 1, (write.float() * factor).to(write.dtype), write)
+        return [(point, partial(self._capped, point.scale))]
 
-        return [(point, change)]
+    def _capped(self, scale: float, write: torch.Tensor) -> torch.Tensor:
+        norm = write.float().norm(dim=-1, keepdim=True) * scale
+        # Where the norm is within the cap the factor is 1 exactly, and 0 / 0 never asked for.
+        factor = torch.where(norm > self.cap, self.cap / norm, torch.ones_like(norm))
+        return torch.where(factor < 1, (write.float() * factor).to(write.dtype), write)
 
 
 @dataclass(frozen=True)
@@ -262,7 +301,8 @@ class RemoveNeurons(_AtOneBlock):
 
     def __post_init__(self) -> None:
         """Any sequence of neurons will do; each counts once."""
-        object.__setattr__(self, "neurons", tuple(dict.fromkeys(int(neuron) for neuron in self.neurons)))
+        super().__post_init__()
+        object.__setattr__(self, "neurons", tuple(dict.fromkeys(numbers("neurons", self.neurons))))
 
     @classmethod
     def top(
@@ -306,7 +346,11 @@ class RemoveNeurons(_AtOneBlock):
             if not 0 <= neuron < size:
                 raise InputError(f"Neuron {neuron} was given, but block {block.layer} has 0 to {size - 1}.")
         chosen = torch.tensor(self.neurons, dtype=torch.long)
-        return [(point, lambda act: act.index_fill(-1, chosen.to(act.device), 0.0))] if self.neurons else []
+        return [(point, partial(_zeroed_at, chosen))] if self.neurons else []
+
+
+def _zeroed_at(places: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
+    return act.index_fill(-1, places.to(act.device), 0.0)
 
 
 def _me_layer(located: LocateResult) -> int:

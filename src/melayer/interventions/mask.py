@@ -4,66 +4,36 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+from torch import nn
 
-from melayer.errors import InputError, MelayerWarning, OutputError, require_known
-from melayer.interventions.apply import MaskHooks, Masking, Target, attach, detach, exclusive, require_unmasked
+from melayer.errors import InputError, OutputError, border, require_known
+from melayer.interventions import card, mask_file, saving
+from melayer.interventions.apply import MaskAtWork, Masking, Target
+from melayer.interventions.at_work import applied, found, put_on, require_unmasked, take_off
+from melayer.interventions.fields import numbers, real, shown, whole
+from melayer.interventions.made_for import MadeFor
 from melayer.loading.source import MASK_FILE
 from melayer.measurements.locate.result import LocateResult
 from melayer.model import hooks, wiring
 from melayer.model.decoder import Block, Decoder, plain_model
-from melayer.model.forward import input_device
+from melayer.model.forward import input_device, require_known_tokens
 from melayer.model.provenance import fingerprint
 from melayer.runs import atomic
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
+__all__ = ["MadeFor", "Selector", "WeMask"]
+
 Selector = Literal["weight", "weight-low", "activation", "activation-low", "random", "dims"]
-
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class MadeFor:
-    """The model that a mask was made for."""
-
-    family: str
-    n_layers: int
-    d_model: int
-    fingerprint: str
-
-    @classmethod
-    def of(cls, located: LocateResult) -> MadeFor:
-        """The model that `locate` measured."""
-        model = located.model
-        return cls(model.family, model.n_layers, model.d_model, model.fingerprint)
-
-    def check(self, decoder: Decoder) -> None:
-        """Raises InputError for another architecture, and warns of other weights."""
-        if (decoder.family, decoder.n_layers, decoder.d_model) != (self.family, self.n_layers, self.d_model):
-            raise InputError(
-                f"It was made for another model: {self.family} with {self.n_layers} blocks and d_model "
-                f"{self.d_model}, and this is {decoder.family} with {decoder.n_layers} and {decoder.d_model}. "
-                "Make one for this model from melayer.locate(model, tokenizer)."
-            )
-        # Adapters rename every parameter, so that the hash of the same base model would differ.
-        found = self.fingerprint if hasattr(decoder.model, "peft_config") else fingerprint(decoder.model)
-        if found != self.fingerprint:
-            warnings.warn(
-                f"It was made for weights with fingerprint {self.fingerprint}; these have {found}. Where the ME layer "
-                "is may have changed: run locate on them.",
-                MelayerWarning,
-                stacklevel=5,
-            )
 
 
 @dataclass(frozen=True)
@@ -105,14 +75,15 @@ class WeMask:
     def __post_init__(self) -> None:
         """Checks what can be checked without a model."""
         for name in ("rate", "strength"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1.")
+            self._set(name, real(name, getattr(self, name), "a share between 0 and 1", most=1.0))
         for name, known in (("selector", get_args(Selector)), ("positions", get_args(Target))):
-            require_known(getattr(self, name), known, f"{name} is {getattr(self, name)!r}")
+            require_known(getattr(self, name), known, f"{name} is {shown(getattr(self, name))}")
         # Any sequence of numbers will do.
         for name in ("layers", "dims"):
             if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(sorted({int(item) for item in given})))
+                self._set(name, tuple(sorted(set(numbers(name, given)))))
+        self._set("seed", whole("seed", self.seed, most=2**63))
+        self._check_found()
         if (self.dims is not None) != (self.selector == "dims"):
             raise InputError("dims and selector='dims' go together: give both, or neither.")
         self._check_by_layer()
@@ -124,13 +95,30 @@ class WeMask:
         if self.positions == "massive":
             self._check_massive()
 
+    def _check_found(self) -> None:
+        """What `locate` says, where it is there."""
+        if self.me_layer is not None:
+            self._set("me_layer", whole("me_layer", self.me_layer))
+        if self.massive_above is not None:
+            self._set("massive_above", real("massive_above", self.massive_above, "a size of 0 or more"))
+        if self.made_for is not None and not isinstance(self.made_for, MadeFor):
+            raise InputError(f"made_for is {shown(self.made_for)}; expected a MadeFor.")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     def _check_by_layer(self) -> None:
         if self.by_layer is None:
             return
-        rows = tuple(tuple(int(dim) for dim in row) for row in self.by_layer)
-        object.__setattr__(self, "by_layer", rows)
-        if self.layers is None or len(rows) != len(self.layers) or self.selector.startswith("activation"):
+        if isinstance(self.by_layer, (str, bytes, Mapping)) or not isinstance(self.by_layer, Iterable):
+            raise InputError(f"by_layer is {shown(self.by_layer)}; expected a list of dimensions for each layer.")
+        rows = tuple(tuple(sorted(set(numbers("by_layer", row)))) for row in self.by_layer)
+        self._set("by_layer", rows)
+        chosen_once = self.selector in ("weight", "weight-low", "random", "dims")
+        if self.layers is None or len(rows) != len(self.layers) or not chosen_once:
             raise InputError("by_layer holds the dimensions of each of layers. Make it with mask.fixed(model).")
+        if self.dims is not None and any(row != self.dims for row in rows):
+            raise InputError("by_layer and dims name other dimensions. Give dims alone.")
 
     def _check_massive(self) -> None:
         if self.me_layer is None or self.massive_above is None:
@@ -168,6 +156,7 @@ class WeMask:
         *,
         parts: Mapping[str, str] | None = None,
         when: Callable[[], bool] | None = None,
+        saved: bool = True,
     ) -> Iterator[None]:
         """Every forward pass, `generate` and training step inside the context runs under the mask.
 
@@ -177,36 +166,51 @@ class WeMask:
             model: A causal language model from transformers, also wrapped by PEFT; or its parts, read before.
             parts: Names of parts that `wiring.read` does not find by itself.
             when: Asked at each call of the model; where it says no, that call runs without the mask.
+            saved: `model.save_pretrained` inside the context writes the mask beside the weights.
 
         Raises:
             InputError: The mask does not fit the model, another one is applied already, or the model is compiled.
             ArchitectureError: A part of the model was not found.
 
         Warns:
-            MelayerWarning: The weights differ from those that the mask was made for; or, at the first prompt, none
-                of the tokens that are masked is massive.
+            MelayerWarning: The weights differ from those that the mask was made for; or, once, a masked first token
+                is not massive, or no token is that the mask could act on.
         """
         decoder = require_unmasked(model, parts)
-        masking = self._masking(decoder)
-        with ExitStack() as stack:
-            stack.enter_context(exclusive(decoder))
-            # Rate 0 and strength 0 change nothing: no hook is the surest way to leave every bit as it is.
-            if masking.count and self.strength:
-                stack.enter_context(MaskHooks(masking, decoder, when).hooked())
-            yield
+        at_work = MaskAtWork(self, self._masking(decoder), when)
+        with applied(decoder, at_work):
+            if saved:
+                saving.bring_along(decoder, at_work)
+            try:
+                yield
+            finally:
+                saving.leave_behind(decoder.model, at_work)
 
     def attach(self, model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = None) -> None:
         """Applies the mask for good, as far as this object in memory goes; `detach` takes it off. See `apply`."""
-        attach(plain_model(model), self.apply(model, parts=parts))
+        decoder = require_unmasked(model, parts)
+        at_work = MaskAtWork(self, self._masking(decoder))
+        put_on(decoder, at_work)
+        saving.bring_along(decoder, at_work)
+
+    @staticmethod
+    def applied_to(model: PreTrainedModel | Decoder) -> WeMask | None:
+        """The mask that is at work on a model, by whichever way it came there; None where there is none."""
+        edits = [at_work.edit for at_work in found(plain_model(model).modules())]
+        return next((edit for edit in edits if isinstance(edit, WeMask)), None)
 
     @staticmethod
     def detach(model: PreTrainedModel) -> None:
-        """Takes off the mask that `attach` or `melayer.load` applied.
+        """Takes off the mask that `attach` or `melayer.load` applied, or that a copy took along.
 
         Raises:
             InputError: There is none.
         """
-        if not detach(model):
+        lasting = [at_work for at_work in found(model.modules()) if at_work.lasts]
+        for at_work in lasting:
+            take_off(model, at_work)
+            saving.leave_behind(model, at_work)
+        if not lasting:
             raise InputError("No mask is attached to this model. One applied by `with` ends with its block.")
 
     def fixed(self, model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = None) -> WeMask:
@@ -220,11 +224,9 @@ class WeMask:
         """
         decoder = wiring.read(model, parts=parts)
         masking = self._masking(decoder)
-        layers = tuple(masking.blocks)
         if not masking.keeps or not self.strength:
-            return replace(self, layers=layers)
-        rows = tuple(tuple(masking.keeps[at].lt(1).nonzero().flatten().tolist()) for at in layers)
-        return replace(self, layers=layers, by_layer=rows)
+            return replace(self, layers=masking.layers)
+        return replace(self, layers=masking.layers, by_layer=masking.dims)
 
     def selected(self, model: PreTrainedModel | Decoder) -> dict[int, tuple[int, ...]]:
         """For each masked block its masked dimensions; empty for the activation selectors, which choose by token.
@@ -232,8 +234,8 @@ class WeMask:
         Raises:
             InputError: The mask does not fit the model.
         """
-        keeps = self._masking(wiring.read(model)).keeps
-        return {layer: tuple(keep.lt(1).nonzero().flatten().tolist()) for layer, keep in keeps.items()}
+        masking = self._masking(wiring.read(model))
+        return dict(zip(masking.layers, masking.dims, strict=True)) if masking.keeps else {}
 
     # --- fixed prefixes --------------------------------------------------------------------------------------------
 
@@ -260,6 +262,7 @@ class WeMask:
         if ids.shape[0] != 1 or not ids.numel():
             raise InputError(f"The prefix has shape {tuple(ids.shape)}; expected one row of at least one id.")
         plain = plain_model(model)
+        require_known_tokens(plain, ids)
         cache = DynamicCache(config=plain.config)
         with self.apply(model), hooks.measuring(plain):
             plain(ids.to(input_device(plain)), use_cache=True, **{hooks.cache_argument(plain): cache})
@@ -270,16 +273,24 @@ class WeMask:
     def save(self, directory: str | Path) -> Path:
         """Writes `melayer_mask.json` into a directory, beside a model's weights or alone, whole or not at all.
 
+        Beside weights it also writes a README.md that says what loads them with the mask, unless one is there that
+        others wrote.
+
         Raises:
             OutputError: It cannot be written.
         """
         path = Path(directory) / MASK_FILE
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-        try:
+        text = json.dumps({"version": mask_file.VERSION, **asdict(self)}, indent=1)
+        with border(f"The mask cannot be written to {path}", "Give another place.", error=OutputError):
             atomic.write_text(path, text)
-        except OSError as error:
-            raise OutputError(f"The mask cannot be written to {path}: {error.strerror}. Give another place.") from error
+            if card.holds_weights(path.parent):
+                card.write(path.parent, self.words, adapter=not (path.parent / "config.json").is_file())
         return path
+
+    @property
+    def words(self) -> str:
+        """The mask in a few words."""
+        return f"{self.selector} {self.rate:g}, strength {self.strength:g}"
 
     @classmethod
     def load(cls, where: str | Path, *, revision: str | None = None) -> WeMask:
@@ -292,42 +303,41 @@ class WeMask:
         Raises:
             InputError: There is none, it is corrupt, or a newer melayer wrote it.
         """
-        path = Path(where) / MASK_FILE
-        if not Path(where).is_dir():
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-            try:
-                path = Path(hf_hub_download(str(where), MASK_FILE, revision=revision))
-            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-                raise InputError(
-                    f"There is no mask at {where}: not a directory here, and the hub gave none "
-                    f"({type(error).__name__}). Give the directory that mask.save(...) wrote."
-                ) from error
+        todo = "Give the directory that mask.save(...) wrote."
+        with border(f"There is no mask at {shown(str(where))}", todo):
+            path = Path(where) / MASK_FILE
+            if not Path(where).is_dir():
+                path = _from_hub(str(where), revision)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = mask_file.read(path)
         except FileNotFoundError as error:
-            raise InputError(f"{where} holds no {MASK_FILE}. Give the directory that mask.save(...) wrote.") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} cannot be read as a mask: {error}. Save it again.") from error
-        return cls._from_dict(values, path)
-
-    @classmethod
-    def _from_dict(cls, values: Any, path: Path) -> WeMask:
-        if not isinstance(values, dict) or not isinstance(values.get("version"), int):
-            raise InputError(f"{path} is no mask: it has no version. Save it again.")
-        version = values.pop("version")
-        if version > VERSION:
-            raise InputError(f"{path} has version {version}, this melayer reads {VERSION}. Install a newer melayer.")
-        unknown = sorted(values.keys() - {item.name for item in fields(cls)})
-        if unknown:
-            raise InputError(f"{path} has an unknown field {unknown[0]!r}, so what it asks for is not known.")
+            raise InputError(f"{where} holds no {MASK_FILE}. {todo}") from error
         try:
-            if values.get("made_for") is not None:
-                values["made_for"] = MadeFor(**values["made_for"])
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path} is corrupt: {error}. Save it again.") from error
+            made_for = values["made_for"]
+            return cls(**{**values, "made_for": None if made_for is None else MadeFor(**made_for)})
+        except InputError as error:
+            raise InputError(f"{path} is corrupt: {error} Save it again with mask.save(...).") from error
+
+    def as_applied(self, masking: Masking, model: nn.Module, weights: str) -> WeMask:
+        """The mask as it goes beside a model that it is at work on: the same blocks and dimensions, these weights.
+
+        Args:
+            masking: What it came to when it was put on.
+            model: The model, whose weights may be others by now.
+            weights: Their fingerprint when it was put on.
+        """
+        sharded = any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in model.parameters())
+        now = None if sharded else fingerprint(model)
+        if now == weights:
+            return self
+        mask = self
+        if self.selector.startswith("weight") and self.by_layer is None and self.strength:
+            # It would choose by the gammas of the new weights.
+            mask = replace(self, layers=masking.layers, by_layer=masking.dims)
+        if self.made_for is None or hasattr(model, "peft_config"):
+            return mask  # an adapter leaves the weights that the mask was made for as they are
+        # Of weights that no process holds whole nothing is said.
+        return replace(mask, made_for=None if now is None else replace(self.made_for, fingerprint=now))
 
     # --- against a model -------------------------------------------------------------------------------------------
 
@@ -338,7 +348,7 @@ class WeMask:
         count = len(self.dims) if self.dims is not None else math.floor(self.rate * decoder.d_model + 1e-9)
         by_token = self.selector in ("activation", "activation-low")
         return Masking(
-            blocks=blocks,
+            layers=tuple(blocks),
             keeps={} if by_token else {at: self._keep(of, decoder.d_model, count) for at, of in blocks.items()},
             count=count,
             largest=self.selector == "activation",
@@ -362,8 +372,22 @@ class WeMask:
         if self.layers is None:
             assert self.me_layer is not None
             after = decoder.blocks[self.me_layer + 1 :]
-            return {block.layer: block for block in after if block.attention is not None}
-        for layer in self.layers:
+            masked = {block.layer: block for block in after if block.attention is not None}
+        else:
+            self._check_layers(decoder, self.layers)
+            masked = {layer: decoder.blocks[layer] for layer in self.layers}
+        for layer, block in masked.items():
+            shared = [other.layer for other in decoder.blocks if other.attention is block.attention]
+            if len(shared) > 1:
+                raise InputError(
+                    f"Blocks {shared[0]} and {shared[1]} share their attention, so a mask on block {layer} would act "
+                    "in each of them, more than once. Such a model cannot be masked."
+                )
+        return masked
+
+    @staticmethod
+    def _check_layers(decoder: Decoder, layers: Sequence[int]) -> None:
+        for layer in layers:
             if not 0 <= layer < decoder.n_layers:
                 raise InputError(
                     f"Layer {layer} was asked for, but the model has blocks 0 to {decoder.n_layers - 1}. "
@@ -373,7 +397,6 @@ class WeMask:
                 raise InputError(
                     f"Block {layer} has no softmax attention, so there is nothing to mask. Leave it out of the layers."
                 )
-        return {layer: decoder.blocks[layer] for layer in self.layers}
 
     def _keep(self, block: Block, d_model: int, count: int) -> torch.Tensor:
         if self.by_layer is not None and self.layers is not None:
@@ -394,3 +417,16 @@ class WeMask:
         keep = torch.ones(d_model)
         keep[chosen] = 1.0 - self.strength
         return keep
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, MASK_FILE, revision=revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"There is no mask at {shown(name)}: not a directory here, and the hub gave none ({type(error).__name__}). "
+            "Give the directory that mask.save(...) wrote."
+        ) from error

@@ -1,28 +1,28 @@
-"""A checkpoint read into memory: its config, its model with or without weights, its tokenizer."""
+"""A checkpoint read into memory: its model with or without weights, its tokenizer."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from melayer.errors import ModelError, first_line, require_known
-from melayer.loading import adapters, hub
-from melayer.loading.demo import demo_file
+from melayer.errors import MelayerWarning, ModelError, border
+from melayer.loading import adapters, files
+from melayer.loading.config import named_weights, read_config
+from melayer.loading.devices import DTypeName, dtype_of
+from melayer.loading.files import CONFIG, PICKLES, TensorInfo
+from melayer.loading.reading import named, reading, require_said
 from melayer.loading.shards import Shards, open_shards
-from melayer.loading.source import MASK_FILE, Source, find
-from melayer.runs import cache
+from melayer.loading.source import MASK_FILE, Source, find, require_revision_used
+from melayer.loading.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What transformers and safetensors raise on a checkpoint that they cannot read; SafetensorError joins at run time.
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError)
+_AGAIN = "Download or copy the checkpoint again."
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_INTEGERS = ("I", "U", "BOOL")
+"""How safetensors' names of dtypes begin that are no floating point."""
 
 
 class Skeleton(NamedTuple):
@@ -32,6 +32,19 @@ class Skeleton(NamedTuple):
     """Every parameter and buffer on the meta device, with the shape and the dtype that `load` would give it."""
     tokenizer: PreTrainedTokenizerBase
     shards: Shards
+
+
+class WeightFiles(NamedTuple):
+    """What there is to know of a model's weights before they are read."""
+
+    files: tuple[Path, ...]
+    held: dict[str, TensorInfo]
+    """The tensors in those that are safetensors files."""
+
+    @property
+    def n_tensors(self) -> int | None:
+        """How many tensors there are; None where that is not known."""
+        return files.count_tensors(self.files, self.held)
 
 
 def skeleton(
@@ -55,32 +68,37 @@ def skeleton(
         ModelError: The model cannot be found, read or trusted; a shard is missing or damaged; or it is of a kind
             that needs all its weights at once.
     """
-    if adapters.find(name) is not None:
-        raise ModelError(
-            f"{name} holds an adapter, which is merged into the weights of the whole model. Leave --frugal out."
+    require_said(trust_remote_code)
+    name = named(name)
+    source = find(name, revision=revision)
+    require_revision_used(revision, [source])
+    directory = source.directory
+    with border(f"{name} cannot be loaded", _AGAIN, error=ModelError):
+        if adapters.find(directory) is not None:
+            raise ModelError(
+                f"{name} holds an adapter, which is merged into the weights of the whole model. Leave --frugal out."
+            )
+        pickles = sorted(file.name for pattern in _PICKLED for file in directory.glob(pattern))
+        if pickles and not any(directory.glob("*.safetensors*")):
+            raise ModelError(
+                f"The weights in {directory} are pickles ({pickles[0]}), which cannot be read block by block. "
+                "Leave --frugal out and pass --allow-pickle, or convert them to safetensors."
+            )
+        weights = check_directory(directory, False)
+        _refuse_mask(name, directory, mask)
+        shards = open_shards(directory, named_weights(name, directory))
+        config = read_config(name, directory, trust_remote_code=trust_remote_code, n_tensors=weights.n_tensors)
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None:
+            method = dict(quantised).get("quant_method", "unknown method")
+            raise ModelError(
+                f"{name} is quantised ({method}), and such weights cannot be read block by block. "
+                "Leave --frugal out, or give the checkpoint that it was made from."
+            )
+        model = read_model(
+            source, config, weights, dtype_of(dtype), {"device_map": {"": "meta"}}, trust_remote_code=trust_remote_code
         )
-    source = find(name)
-    directory = Path(source.location) if source.is_local else hub.fetch(source.location, revision)
-    pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
-    if pickles and not any(directory.glob("*.safetensors")):
-        raise ModelError(
-            f"The weights in {directory} are pickles ({pickles[0]}), which cannot be read block by block. "
-            "Leave --frugal out and pass --allow-pickle, or convert them to safetensors."
-        )
-    check_directory(directory, False)
-    _refuse_mask(name, directory, mask)
-    shards = open_shards(directory)
-    source = replace(source, location=str(directory))
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    config = read_config(source, options)
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method", "unknown method")
-        raise ModelError(
-            f"{name} is quantised ({method}), and such weights cannot be read block by block. "
-            "Leave --frugal out, or give the checkpoint that it was made from."
-        )
-    model = read_model(source, config, dtype_of(dtype), {"device_map": {"": "meta"}}, False, options)
-    return Skeleton(model, read_tokenizer(source, options), shards)
+        return Skeleton(model, read_tokenizer(name, directory, trust_remote_code=trust_remote_code), shards)
 
 
 def _refuse_mask(name: str, directory: Path, mask: bool) -> None:
@@ -91,226 +109,141 @@ def _refuse_mask(name: str, directory: Path, mask: bool) -> None:
         )
 
 
-def check_directory(directory: Path, allow_pickle: bool) -> None:
-    """Refuses what can be refused about a directory before its weights are read.
+def check_directory(directory: Path, allow_pickle: bool) -> WeightFiles:
+    """What is known of the weights in a directory, whose files are its own, and none of them damaged.
 
     Raises:
-        ModelError: It holds no model, a damaged file of weights, or pickles that may not be read.
+        ModelError: It holds no model, files that are not its own, damaged weights, or pickles that may not be read.
     """
-    if not (directory / "config.json").is_file():
+    if not (directory / CONFIG).is_file():
         ggufs = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f"It holds {ggufs[0]}: name that file." if ggufs else "Name the directory that from_pretrained takes."
         raise ModelError(f"The directory {directory} holds no config.json, so it is not a model. {hint}")
-    shards = sorted(directory.glob("*.safetensors"))
-    for shard in shards:
-        _check_safetensors(shard)
-    if shards or allow_pickle:
-        return
-    pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
-    if pickles:
+    files.require_own(directory)
+    pickles = sorted(file.name for pattern in _PICKLED for file in directory.glob(pattern))
+    if pickles and not allow_pickle and not any(directory.glob("*.safetensors*")):
         raise ModelError(
             f"The weights in {directory} are pickles ({pickles[0]}), and reading a pickle can run any code that is "
             "in it. If you trust its author, pass --allow-pickle (allow_pickle=True); safer: a safetensors checkpoint."
         )
-    raise ModelError(f"The directory {directory} holds no weights: expected model.safetensors or its shards.")
-
-
-def _check_safetensors(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as handle:
-            handle.keys()
-    except (SafetensorError, OSError) as error:
+    named = named_weights(str(directory), directory)
+    promised = files.weight_files(directory, allow_pickle=allow_pickle, named=named)
+    held = files.headers(promised)
+    absent = [(name, file) for file, names in promised.items() if file.suffix not in PICKLES for name in names]
+    lost = next(((name, file) for name, file in absent if name not in held), None)
+    if lost is not None:
         raise ModelError(
-            f"{file} is damaged and cannot be read as safetensors ({error}). Download or copy it again."
-        ) from error
-
-
-def read_config(source: Source, options: dict[str, Any]) -> PreTrainedConfig:
-    """The config of a causal decoder.
-
-    Args:
-        source: Where it is.
-        options: What `from_pretrained` takes beside: trust_remote_code, revision.
-
-    Raises:
-        ModelError: It cannot be read, or is of an encoder-decoder model.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.location, **options)
-    except _UNREADABLE as error:
-        raise _unreadable(source, "config", error) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{source.name} is an encoder-decoder model ({config.model_type}). melayer measures causal decoders; "
-            "give one of those."
+            f"The index of {directory} places {lost[0]} in {lost[1].name}, which does not hold it. {_AGAIN}"
         )
-    return config
+    return WeightFiles(tuple(promised), held)
 
 
 def read_model(
     source: Source,
     config: PreTrainedConfig,
+    weights: WeightFiles,
     dtype: Any,
     spread: dict[str, Any],
-    allow_pickle: bool,
-    options: dict[str, Any],
+    *,
+    trust_remote_code: bool,
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """The model with all its weights.
 
     Args:
         source: Where it is.
         config: As `read_config` returned it.
+        weights: As `check_directory` returned them.
         dtype: As `dtype_of` returned it.
         spread: Over which devices, as `placement` returned it.
+        trust_remote_code: Whether its own code may run.
         allow_pickle: Whether weights may be pickles.
-        options: As in `read_config`.
 
     Raises:
-        ModelError: It is not a causal language model, cannot be read, or lacks weights.
+        ModelError: It cannot be read, or lacks weights.
+
+    Warns:
+        MelayerWarning: There are weights that it has no place for.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in getattr(
-        config, "auto_map", {}
-    ):
-        raise ModelError(
-            f"{source.name} ({config.model_type}) is not a causal language model: transformers has no "
-            "AutoModelForCausalLM for it. melayer measures causal decoders; give one of those."
-        )
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            config=config,
-            dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            **spread,
-            **options,
-        )
-    except (*_UNREADABLE, SafetensorError) as error:
-        raise _unreadable(source, "weights", error) from error
+    name = source.name
+    with reading(name, "weights", "Check config.json and generation_config.json, or download the model again."):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(source.directory),
+                config=config,
+                dtype=dtype,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **spread,
+            )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" in str(error):
+                raise _mismatched(name, config, weights, trust_remote_code) from error
+            raise
     model: PreTrainedModel = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
-    if missing:
-        # transformers fills these with random numbers and goes on; a measurement must not.
-        raise ModelError(
-            f"The checkpoint {source.name} lacks {len(missing)} of the weights that {type(model).__name__} needs "
-            f"(the first is {missing[0]}), and they would be random. Give a complete causal language model."
-        )
+    require_complete(name, model, loaded[1], weights)
+    files.remember(model, source.directory, weights.files if source.gguf is None else [source.gguf])
     return model
 
 
-def read_tokenizer(source: Source, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
+def require_complete(name: str, model: PreTrainedModel, info: dict[str, Any], weights: WeightFiles) -> None:
+    """Raises ModelError where a model lacks weights, and says which are too many.
 
     Args:
-        source: Where it is.
-        options: As in `read_config`.
-
-    Raises:
-        ModelError: It cannot be read.
+        name: What the model is called in messages.
+        model: As it was loaded.
+        info: What transformers says of it: tied weights are not missing.
+        weights: What it was loaded from.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **options)
-    except _UNREADABLE as error:
-        raise _unreadable(source, "tokenizer", error) from error
-    return tokenizer
-
-
-def _unreadable(source: Source, part: str, error: BaseException) -> ModelError:
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            f"{source.name} brings its own modelling code, which would run on this machine. If you trust its author, "
-            "pass --trust-remote-code (trust_remote_code=True)."
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers fills these with random numbers and goes on; a measurement must not.
+        raise ModelError(
+            f"The checkpoint {name} lacks {len(missing)} of the weights that {type(model).__name__} needs "
+            f"(the first is {missing[0]}), and they would be random. Give a complete causal language model."
         )
-    if source.is_local:
-        return ModelError(f"The {part} of {source.name} cannot be read: {first_line(error)}")
+    parameters = {key: p for key, p in model.named_parameters() if p.is_floating_point()}
+    whole = sorted(key for key, of in weights.held.items() if of.dtype.startswith(_INTEGERS) and key in parameters)
+    if whole and getattr(model.config, "quantization_config", None) is None:
+        raise ModelError(
+            f"The checkpoint {name} holds {len(whole)} weights as whole numbers (the first is {whole[0]}), and its "
+            "config does not say how to make weights of them. Give the checkpoint that it was made from."
+        )
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        warnings.warn(
+            f"The checkpoint {name} holds {len(unused)} weights that {type(model).__name__} has no place for (the "
+            f"first is {unused[0]}); they are left out.",
+            MelayerWarning,
+            stacklevel=4,
+        )
+
+
+def _mismatched(name: str, config: PreTrainedConfig, weights: WeightFiles, trust_remote_code: bool) -> ModelError:
+    """Which weights have another shape than the config asks for, where their names tell."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    asked = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    other = [key for key, of in sorted(weights.held.items()) if key in asked and asked[key] != of.shape]
+    first = f" (the first is {other[0]}: {weights.held[other[0]].shape}, not {asked[other[0]]})" if other else ""
     return ModelError(
-        f"{source.name!r} is not a file or directory here, and its {part} cannot be had from the hub: "
-        f"{first_line(error)} "
-        "Check the spelling and the network, or give a local directory."
+        f"The weights of {name} have other shapes than its config asks for{first}. Check config.json against the "
+        "weights, or download the model again."
     )
 
 
-def dtype_of(name: str) -> str | torch.dtype:
-    """The dtype that a name stands for, as `from_pretrained` takes it.
+def weight_hashes(model: PreTrainedModel) -> dict[str, str]:
+    """The sha256 of each file that a model's weights were read from, by name; empty where `load` did not load it.
 
-    Raises:
-        ModelError: There is no such name.
+    A GGUF file is hashed as it came, not as it was converted.
+
+    Warns:
+        MelayerWarning: A file is no longer what was loaded; it is left out.
     """
-    import torch
-
-    require_known(name, get_args(DTypeName), f"The dtype {name!r} is not known", error=ModelError)
-    return name if name == "auto" else getattr(torch, name)
-
-
-def placement(device_map: Any, max_memory: dict[int | str, str] | None, offload_folder: str | None) -> dict[str, Any]:
-    """What `from_pretrained` takes for a model that is not on one device; empty for one that is.
-
-    Raises:
-        ModelError: Something is given that a device map is needed for.
-    """
-    if device_map is None:
-        if max_memory is not None or offload_folder is not None:
-            raise ModelError("max_memory and offload_folder go with a device map. Add --device-map auto.")
-        return {}
-    options = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-    return {key: value for key, value in options.items() if value is not None}
-
-
-def device_of(name: str) -> torch.device:
-    """The device that a name stands for; `auto` takes CUDA, else MPS, else the CPU.
-
-    Raises:
-        ModelError: It cannot be used here.
-    """
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        if torch.backends.mps.is_available():
-            return torch.device("mps")
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        # Allocating is the only test that holds for every kind of device and every index.
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"The device {name!r} cannot be used here ({first_line(error)}). Use --device auto, or cpu."
-        ) from error
-    if device.type == "meta":
-        raise ModelError("The device 'meta' holds no numbers to measure. Use --device auto, or cpu.")
-    return device
-
-
-def weight_hashes(model: PreTrainedModel, name: str) -> dict[str, str]:
-    """The sha256 of each file of weights that a model was loaded from; empty where they are not on this disk.
-
-    Args:
-        model: As `load` returned it.
-        name: As it was given to `load`; a GGUF file is hashed as it came, not as it was converted.
-    """
-    adapter = adapters.find(name)
-    if adapter is not None:
-        own = {file.name: cache.sha256_of(file) for file in sorted(adapter.directory.glob("*.safetensors"))}
-        return own if adapter.base is None else {**own, **weight_hashes(model, adapter.base)}
-    source = find(name)
-    if source.gguf_sha256 is not None:
-        file = demo_file() if name == "demo" else Path(name)
-        return {file.name: source.gguf_sha256}
-    directory = Path(source.location)
-    if not source.is_local:
-        config = hub.find_file(name, "config.json", here_only=True)
-        if config is None:
-            return {}
-        directory = config.parent
-    return {file.name: cache.sha256_of(file) for file in sorted(directory.glob("*.safetensors"))}
+    return files.hashes(model)

@@ -76,9 +76,10 @@ def fetch_demo() -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         leftovers.remove(root)
-        with tempfile.TemporaryDirectory(dir=root, prefix=leftovers.prefix()) as temporary:
+        with tempfile.TemporaryDirectory(dir=root.resolve(), prefix=leftovers.prefix()) as temporary:
             command = install_command(Path(temporary))
-            code = subprocess.run(command, stdout=2, check=False).returncode
+            # From there: `python -m` would take a pip.py that lies in the directory at hand.
+            code = subprocess.run(command, stdout=2, check=False, cwd=temporary).returncode
             fetched = Path(temporary, DEMO_FILE)
             if code or not fetched.is_file():
                 raise ModelError(

@@ -11,13 +11,18 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import struct
 import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from melayer.errors import MelayerWarning, ModelError
+from melayer.errors import MelayerWarning, ModelError, border
+from melayer.loading.reading import reading
+from melayer.runs import records
 from melayer.runs.atomic import staged_directory
 from melayer.runs.cache import cache_directory, sha256_of
 
@@ -26,18 +31,23 @@ if TYPE_CHECKING:
 
 MANIFEST = "melayer-cache.json"
 # Part of the key: raise it when the conversion changes, so that entries of an older melayer are not read.
-FORMAT = 1
-# What transformers, gguf and numpy raise on a file that is not what its header says.
-_CORRUPT = (
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-    OverflowError,
-)
+FORMAT = 2
+_AGAIN = "Download it again."
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an entry of the cache says of itself. In a directory that is not of the cache it says nothing."""
+
+    format: int
+    source: str
+    """The name of the GGUF file."""
+    source_sha256: str
+    files: dict[str, str]
+    """The sha256 of each file of the entry."""
+    notes: tuple[str, ...] = ()
+    """What is to be said each time that the entry is read."""
 
 
 def convert(path: Path, *, cache: Path | None = None) -> Path:
@@ -54,82 +64,115 @@ def convert(path: Path, *, cache: Path | None = None) -> Path:
 
     Raises:
         ModelError: The file is not a whole GGUF file, transformers cannot read it, or the cache cannot be written.
+
+    Warns:
+        MelayerWarning: The conversion is not quite the original.
     """
+    return converted(path, cache=cache)[0]
+
+
+def converted(path: Path, *, cache: Path | None = None) -> tuple[Path, str]:
+    """What `convert` returns, and the sha256 of `path`."""
     from filelock import FileLock
 
-    check_gguf(path)
-    source = sha256_of(path)
+    with border(f"{path} cannot be read", "Give a .gguf file that you may read.", error=ModelError):
+        check_gguf(path)
+        source = sha256_of(path)
     root = (cache or cache_directory()) / "gguf"
     entry = root / f"{source[:32]}-{FORMAT}"
-    if is_whole(entry):
-        return entry
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{entry.name}.lock"):
-            if is_whole(entry):
-                return entry
-            # Left by a process that was killed; nobody else can be writing here while we hold the lock.
-            for left in root.glob(f"{entry.name}.*.tmp"):
-                shutil.rmtree(left)
-            if entry.exists():
-                shutil.rmtree(entry)
-            with staged_directory(entry) as working:
-                _write_entry(path, source, working)
+        if not is_whole(entry):
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / f"{entry.name}.lock"):
+                if not is_whole(entry):
+                    _convert_locked(path, source, root, entry)
     except OSError as error:
         raise ModelError(
             f"The conversion of {path.name} could not be written to the cache {root}: {error}. "
             "Free some space or name another directory in the environment variable MELAYER_CACHE."
         ) from error
-    return entry
+    for note in _manifest(entry).notes:
+        warnings.warn(note, MelayerWarning, stacklevel=2)
+    return entry, source
+
+
+def _convert_locked(path: Path, source: str, root: Path, entry: Path) -> None:
+    # Left by a process that was killed; nobody else can be writing here while we hold the lock.
+    for left in root.glob(f"{entry.name}.*.tmp"):
+        shutil.rmtree(left)
+    if entry.exists():
+        shutil.rmtree(entry)
+    with staged_directory(entry) as working:
+        _write_entry(path, source, working)
 
 
 def is_whole(entry: Path) -> bool:
     """Whether an entry of the cache holds every file of its manifest, byte for byte."""
     try:
-        manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
-        return all(sha256_of(entry / name) == digest for name, digest in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = _manifest(entry)
+        named = f"{manifest.source_sha256[:32]}-{manifest.format}" == entry.name
+        return bool(manifest.files) and named and all(sha256_of(entry / n) == d for n, d in manifest.files.items())
+    except (OSError, ValueError, ModelError):
         # Absent, unreadable or damaged: in each case the answer is to convert again.
         return False
 
 
-def source_sha256(directory: Path) -> str | None:
-    """The sha256 of the GGUF file that a directory was converted from; None if it was not converted by us."""
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
-        return None
-    return str(json.loads(manifest.read_text(encoding="utf-8"))["source_sha256"])
+def source_sha256(entry: Path) -> str:
+    """The sha256 of the GGUF file that an entry of the cache was converted from."""
+    return _manifest(entry).source_sha256
+
+
+def _manifest(entry: Path) -> Manifest:
+    path = entry / MANIFEST
+    return records.read(path, Manifest, f"{path} is damaged", "Remove its directory.", ModelError)
+
+
+class _Header(NamedTuple):
+    """What of a header is needed before a file is read."""
+
+    end: int
+    """The byte where the last tensor ends."""
+    n_tensors: int
+    n_parts: int
+    """Of how many files the model is."""
+    n_blocks: int
 
 
 def check_gguf(path: Path) -> None:
-    """Raise ModelError unless `path` is a GGUF file that holds all the tensors its header lists."""
-    import gguf
-
+    """Raise ModelError unless `path` is a GGUF file that holds all the tensors its header lists, of a whole model."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ModelError(
-            f"{path} is not a GGUF file: it starts with {magic!r}, a GGUF file with b'GGUF'. Download it again."
-        )
+        raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, a GGUF file with b'GGUF'. {_AGAIN}")
     size = path.stat().st_size
-    try:
-        end = _end_of_tensors(gguf, path)
-    except _CORRUPT as error:
+    with border(f"{path} is damaged: its header or its tensors cannot be read", _AGAIN, error=ModelError):
+        header = _read_header(path)
+    named = _PART.search(path.name)
+    n_parts = max(header.n_parts, int(named[2]) if named else 1)
+    if n_parts > 1:
         raise ModelError(
-            f"{path} is damaged: its header or its tensors cannot be read ({error}). Download it again."
-        ) from error
-    if end > size:
+            f"{path} is one of the {n_parts} parts of a model, and the weights in the others would be missing. "
+            "Give the model as one file (llama.cpp's gguf-split joins parts), or the safetensors checkpoint."
+        )
+    if header.end > size:
         raise ModelError(
-            f"{path} is cut off: its header lists tensors up to byte {end:,}, the file has {size:,}. Download it again."
+            f"{path} is cut off: its header lists tensors up to byte {header.end:,}, the file has {size:,}. {_AGAIN}"
+        )
+    if header.n_blocks > header.n_tensors:
+        raise ModelError(
+            f"{path} says that the model has {header.n_blocks:,} blocks, and holds {header.n_tensors:,} tensors, less "
+            f"than one for each. {_AGAIN}"
         )
 
 
-def _end_of_tensors(gguf: Any, path: Path) -> int:
-    """The byte where the last tensor ends, from the header alone.
+def _read_header(path: Path) -> _Header:
+    """What is needed, from the header alone.
 
     gguf's own reader parses every string of the vocabulary into numpy arrays (seconds) and maps each tensor,
     which fails on a cut-off file with a message about shapes; the few fields needed here are read directly.
     """
+    import gguf
+
     with path.open("rb") as file:
         header = _HeaderReader(file, path.stat().st_size)
         file.seek(4)
@@ -137,24 +180,30 @@ def _end_of_tensors(gguf: Any, path: Path) -> int:
         if version not in (2, 3):
             raise ValueError(f"GGUF version {version}, expected 2 or 3")
         n_tensors, n_fields = header.number("<Q"), header.number("<Q")
-        alignment = 32
+        fields: dict[str, Any] = {}
         for _ in range(n_fields):
             key = header.string()
-            value = header.value(header.number("<I"))
-            if key == "general.alignment":
-                alignment = int(value)
+            fields[key] = header.value(header.number("<I"))
         extents = []
         for _ in range(n_tensors):
             header.string()
-            shape = [header.number("<Q") for _ in range(header.number("<I"))]
+            n_dims = header.number("<I")
+            if n_dims > 4:
+                raise ValueError(f"a tensor of {n_dims} dimensions, expected at most 4")
+            shape = [header.number("<Q") for _ in range(n_dims)]
             kind = gguf.GGMLQuantizationType(header.number("<I"))
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             n_elements = 1
             for length in shape:
                 n_elements *= length
             extents.append(header.number("<Q") + n_elements // block * block_bytes)
+        alignment = int(fields.get("general.alignment", 32))
+        if alignment < 1:
+            raise ValueError(f"an alignment of {alignment}")
         start = -(-file.tell() // alignment) * alignment
-    return start + max(extents, default=0)
+    blocks = [int(value) for key, value in fields.items() if key.endswith(".block_count")]
+    n_parts = int(fields.get("split.count", 1))
+    return _Header(start + max(extents, default=0), n_tensors, n_parts, max(blocks, default=0))
 
 
 # Value types of the GGUF specification; 8 is a string and 9 an array.
@@ -215,22 +264,27 @@ def _write_entry(path: Path, source: str, directory: Path) -> None:
 
     # Some releases of the writer report a full disk as SafetensorError rather than as OSError.
     try:
-        model, tokenizer = _read_gguf(path)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", MelayerWarning)
+            model, tokenizer = _read_gguf(path, directory / "source")
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
     files = sorted(file for file in directory.iterdir() if file.is_file())
-    manifest = {
-        "format": FORMAT,
-        "source": path.name,
-        "source_sha256": source,
-        "files": {file.name: sha256_of(file) for file in files},
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    notes = tuple(str(warning.message) for warning in said if issubclass(warning.category, MelayerWarning))
+    manifest = Manifest(FORMAT, path.name, source, {file.name: sha256_of(file) for file in files}, notes)
+    (directory / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
 
 
-def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_gguf(path: Path, alone: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What transformers makes of a GGUF file.
+
+    Args:
+        path: The file.
+        alone: A directory to read it in, where there is nothing else: of a config, an adapter or a tokenizer beside
+            it, transformers would take parts. It is gone afterwards.
+    """
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -239,15 +293,38 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if hasattr(transformers, "GgufConfig"):
         # Newer releases leave the weights packed where a kernel for them is installed; older ones always unpack.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        quantised = AutoModelForCausalLM.from_pretrained(path.parent, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except _CORRUPT as error:
-        raise ModelError(
-            f"transformers cannot read {path}: {error}. Use a safetensors checkpoint of the same model."
-        ) from error
+    todo = "Use a safetensors checkpoint of the same model."
+    alone.mkdir()
+    link = alone / path.name
+    link.symlink_to(path.resolve())
+    with reading(str(path), "GGUF file", todo):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            alone, trust_remote_code=False, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name, trust_remote_code=False)
+    link.unlink()
+    alone.rmdir()
+    quantised, info = loaded
+    _require_complete(path, info["missing_keys"])
+    if unused := sorted(info["unexpected_keys"]):
+        warnings.warn(
+            f"{path.name} holds {len(unused)} weights that transformers has no place for and leaves out (the first is "
+            f"{unused[0]}).",
+            MelayerWarning,
+            stacklevel=2,
+        )
     mend_pre_tokenizer(tokenizer, _pre_tokenizer_name(path))
     return _without_quantisation(quantised), tokenizer
+
+
+def _require_complete(path: Path, missing_keys: Iterable[str]) -> None:
+    missing = sorted(missing_keys)
+    if missing:
+        # transformers fills these with random numbers and goes on; a measurement must not.
+        raise ModelError(
+            f"{path} lacks {len(missing)} of the weights that its model needs (the first is {missing[0]}), and they "
+            "would be random. Give the whole model."
+        )
 
 
 def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:

@@ -12,11 +12,12 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from melayer.errors import ModelError
+from melayer.errors import ModelError, border
+from melayer.loading.files import weight_files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_COPY_AGAIN = "Download or copy it again."
 _ALIGNED = 64
 """Matrix kernels are slow on weights that begin anywhere; in a file they begin at multiples of 8 bytes at best."""
 
@@ -45,64 +46,32 @@ class Shards:
         return sum(place.n_bytes for place in self.places.values())
 
 
-def open_shards(directory: Path) -> Shards:
+def open_shards(directory: Path, named: str | None = None) -> Shards:
     """The tensors of the checkpoint in `directory`; none is read yet.
+
+    Args:
+        directory: Where it is.
+        named: The file that its config names in place of the usual ones.
 
     Raises:
         ModelError: There is no safetensors checkpoint, or a shard or one of its tensors is missing or damaged.
     """
-    named = _index(directory)
     views: dict[str, torch.Tensor] = {}
     places: dict[str, Place] = {}
-    for file, names in named.items():
-        try:
+    for file, names in weight_files(directory, named=named).items():
+        with border(f"{file} is damaged and cannot be read as safetensors", _COPY_AGAIN, error=ModelError):
             with safe_open(file, framework="pt") as handle:
                 tensors = {name: handle.get_slice(name)[...] for name in handle.keys()}  # noqa: SIM118 - no mapping
             located = _places(file)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(file, str(error)) from error
         absent = sorted(set(names) - set(tensors))
         if absent:
             raise ModelError(
-                f"{directory / INDEX} places {absent[0]} in {file.name}, which does not hold it "
+                f"The index of {directory} places {absent[0]} in {file.name}, which does not hold it "
                 f"({len(absent)} of its tensors are missing). Download or copy the checkpoint again."
             )
         views |= tensors
         places |= located
     return Shards(directory, views, places)
-
-
-def _index(directory: Path) -> dict[Path, list[str]]:
-    """The files of the checkpoint, each with the tensors that the index promises in it."""
-    if (directory / SINGLE).is_file():
-        return {directory / SINGLE: []}
-    index = directory / INDEX
-    if not index.is_file():
-        raise ModelError(f"The directory {directory} holds no weights: expected {SINGLE}, or {INDEX} and its shards.")
-    files = {directory / file: held for file, held in names_by_shard(index).items()}
-    missing = sorted(file.name for file in files if not file.is_file())
-    if missing:
-        raise ModelError(
-            f"{index} names {len(files)} shards, and {len(missing)} of them are not there (the first is {missing[0]}). "
-            "Download or copy the checkpoint again."
-        )
-    return files
-
-
-def names_by_shard(index: Path) -> dict[str, list[str]]:
-    """The shards that an index names, each with the tensors that it promises in it.
-
-    Raises:
-        ModelError: It is not an index.
-    """
-    held: dict[str, list[str]] = {}
-    try:
-        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            # A name with a directory in it would lead out of the checkpoint.
-            held.setdefault(Path(file).name, []).append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is not an index of shards ({error!r}). Download or copy it again.") from error
-    return dict(sorted(held.items()))
 
 
 def _places(file: Path) -> dict[str, Place]:
@@ -118,7 +87,7 @@ def _places(file: Path) -> dict[str, Place]:
 
 
 def _damaged(file: Path, reason: str) -> ModelError:
-    return ModelError(f"{file} is damaged and cannot be read as safetensors: {reason}. Download or copy it again.")
+    return ModelError(f"{file} is damaged and cannot be read as safetensors: {reason}. {_COPY_AGAIN}")
 
 
 class Reader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from melayer.data.rows import batches
@@ -13,6 +13,8 @@ from melayer.measurements.settings import WindowSettings, window_settings
 from melayer.model.losses import losses
 from melayer.model.provenance import ModelInfo
 from melayer.model.subject import Subject
+from melayer.numerics.finite import finite
+from melayer.numerics.intervals import FEW, ratio_interval
 from melayer.runs.progress import Progress
 from melayer.version import __version__
 
@@ -33,6 +35,11 @@ class PerplexityResult:
     nll: float
     """Mean negative log-likelihood of a predicted token, in nats."""
     perplexity: float
+    low: float | None
+    high: float | None
+    """Ends of the 95 % interval of the perplexity, by sequence; None with a single sequence."""
+    by_sequence: tuple[float, ...] = field(repr=False)
+    """The sum over each sequence's predicted tokens, in nats."""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values that JSON can hold."""
@@ -41,9 +48,14 @@ class PerplexityResult:
     @property
     def sentence(self) -> str:
         """The answer in one sentence, computed from the figures."""
+        interval = "no interval from one sequence"
+        if self.low is not None and self.high is not None:
+            interval = f"95 % interval {self.low:,.2f} to {self.high:,.2f} by sequence"
+            if self.n_sequences < FEW:
+                interval += ", which is rough with so few"
         return (
             f"Over {self.n_sequences} sequences of T = {self.T} tokens the perplexity is {self.perplexity:,.2f} "
-            f"({self.nll:.4f} nats a token, {self.n_predicted:,} tokens predicted)."
+            f"({self.nll:.4f} nats a token, {self.n_predicted:,} tokens predicted; {interval})."
         )
 
 
@@ -102,19 +114,24 @@ def perplexity_on(
 ) -> PerplexityResult:
     """As `perplexity`, on a model that was read already."""
     rows = subject.windows(texts, T, bos=bos)
-    total, done = 0.0, 0
+    by_row: dict[int, float] = {}
+    done = 0
     for batch in batches(rows, max_batch_tokens=max_batch_tokens):
-        total += float(losses(subject.decoder, batch).double().sum())
+        sums = losses(subject.decoder, batch).double().reshape(len(batch.rows), -1).sum(dim=1)
+        by_row |= zip((row.index for row in batch.rows), sums.tolist(), strict=True)
         done += sum(batch.lengths)
         if progress is not None:
             progress(done, T * len(rows))
+    by_sequence = tuple(by_row[row.index] for row in rows)
     n_predicted = len(rows) * (T - 1)
-    nll = total / n_predicted
+    nll = math.fsum(by_sequence) / n_predicted if all(map(math.isfinite, by_sequence)) else math.nan
     if not nll < 700:  # e^700 is about the largest number that there is
         raise InputError(
             f"The texts cannot be predicted: the mean negative log-likelihood is {nll:g}. "
             "Load the model in a wider dtype, or see melayer locate."
         )
+    ends = ratio_interval(by_sequence, [T - 1] * len(rows)) or (None, None)
+    low, high = (None if end is None else finite(math.exp(min(end, 700))) for end in ends)
     return PerplexityResult(
         model=subject.info,
         settings=window_settings(rows, texts, bos),
@@ -123,4 +140,7 @@ def perplexity_on(
         n_predicted=n_predicted,
         nll=nll,
         perplexity=math.exp(nll),
+        low=low,
+        high=high,
+        by_sequence=by_sequence,
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 from melayer.data.rows import Row
+from melayer.data.texts import builtin_texts
 from melayer.measurements.criterion import STAGE_SHARE, WHOLE_SHARE, Criterion
 
 LAYERS_COUNTED_FROM = 0
@@ -72,6 +73,8 @@ class LocateSettings(TextSettings, LayerSettings):
 
     stage_share: float
     whole_share: float
+    max_listed: int
+    """Massive scalars listed of each text and block; all are counted, and all are computed with."""
 
 
 class FrugalLocateSettings(LocateSettings):
@@ -112,8 +115,9 @@ class SinksSettings(WindowSettings, LayerSettings):
 
 
 def origin_of(texts: Sequence[str] | None) -> Origin:
-    """Whether texts are melayer's own (None) or the caller's."""
-    return "built-in" if texts is None else "given"
+    """Whether texts are melayer's own (None, or the first ones of them) or the caller's."""
+    own = texts is None or list(texts) == builtin_texts()[: len(texts)]
+    return "built-in" if own else "given"
 
 
 def bos_settings(rows: Sequence[Row], bos: bool | None) -> BosSettings:
@@ -151,12 +155,13 @@ def text_settings(
 
 
 def locate_settings(
-    rows: Sequence[Row], texts: Sequence[str] | None, max_tokens: int | None, bos: bool | None
+    rows: Sequence[Row], texts: Sequence[str] | None, max_tokens: int | None, bos: bool | None, max_listed: int
 ) -> LocateSettings:
     """Of `locate`, with the shares that make a stage and an emergence."""
     return {
         **text_settings(rows, texts, max_tokens, bos),
         "stage_share": STAGE_SHARE,
         "whole_share": WHOLE_SHARE,
+        "max_listed": max_listed,
         "layers_counted_from": LAYERS_COUNTED_FROM,
     }

@@ -41,11 +41,39 @@ class SequenceSummary:
     n_non_finite: NDArray[np.int64]
     token_max: NDArray[np.float32]
     """[1 + blocks run, MAP_TOKENS]"""
+    massive_tokens: NDArray[np.uint8]
+    """[1 + blocks run, n_bytes] which of all tokens hold a massive scalar, a bit each; see `massive_at`."""
 
     @property
     def n_run(self) -> int:
         """How many blocks were run."""
         return len(self.n_massive) - 1
+
+    def massive_at(self, layer: int) -> list[int]:
+        """The tokens that hold a massive scalar at a block's output, every one of them."""
+        return np.flatnonzero(np.unpackbits(self.massive_tokens[layer + 1])).tolist()
+
+
+class MassiveDims:
+    """How many massive scalars each dimension holds, over all rows that are finite, and their sum.
+
+    Its `add` is an `on_summary` of `summaries_of`. It waits for no device: what it adds up stays where the block is.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was added yet."""
+        self._by_place: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(self, place: int, summary: Summary) -> None:
+        """Adds a batch's rows at one place."""
+        more = summary.massive_in_dim, summary.massive_sum
+        counts, sums = self._by_place.get(place, (0, 0))
+        self._by_place[place] = (counts + more[0], sums + more[1])
+
+    def at(self, layer: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """[d_model] the counts and the sums at a block's output, on the host."""
+        counts, sums = self._by_place[layer + 1]
+        return counts.cpu().numpy(), sums.cpu().numpy().astype(np.float64)
 
 
 def summaries_of(
@@ -86,9 +114,9 @@ def summaries_of(
             run_batch(decoder.model, batch)
         stacked = stack([by_place[place] for place in range(len(by_place))]).cpu()
         for number, row in enumerate(batch.rows):
-            by_row[row.index] = SequenceSummary(
-                **{field.name: getattr(stacked, field.name)[:, number].numpy() for field in fields(SequenceSummary)}
-            )
+            of_row = {item.name: getattr(stacked, item.name)[:, number].numpy() for item in fields(SequenceSummary)}
+            bits = np.packbits(of_row.pop("massive_tokens")[:, : len(row)], axis=-1)
+            by_row[row.index] = SequenceSummary(**of_row, massive_tokens=bits)
         done += sum(batch.lengths)
         if progress is not None:
             progress(done, total)

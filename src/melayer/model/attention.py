@@ -21,11 +21,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from melayer.errors import ArchitectureError
+from melayer.errors import ArchitectureError, InputError
+from melayer.model import hooks
 from melayer.model.decoder import Decoder
 
 NAME = "melayer_keys"
 _CHUNK = 256  # queries at once where the scores have to be written out: [_CHUNK, T] is the most that is built
+_KEYS = 16  # keys at once that are reported on: with hundreds in a row their scores would be [T, T] again
 
 
 @dataclass(eq=False)
@@ -222,6 +224,12 @@ def _attend(
             f"{type(module).__name__} adds a position bias to its scores, which sinks do not know. "
             "Measure a model without one (ALiBi and T5 biases are not supported)."
         )
+    if hooks.checkpoint_around() is not None and not hooks.in_backward():
+        raise InputError(
+            "Heads cannot be watched under gradient checkpointing where that takes another attention function than the "
+            "model's own: the backward pass could run it again when nobody watches. Use attn_implementation='sdpa', or "
+            "turn checkpointing off meanwhile."
+        )
     _show(module, query, key, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]:
@@ -235,8 +243,12 @@ def _attend(
         lse = whole
     audience = _audiences.get(module)
     if audience is not None and audience.listening is not None:
-        drawn = _drawn(query, key, lse, attention_mask, scale, softcap, audience.listening)
-        audience.listening.drawn[audience.layer] = drawn
+        listening = audience.listening
+        drawn = [
+            _drawn(query, key, lse, attention_mask, scale, softcap, replace(listening, keys=keys))
+            for keys in torch.split(listening.keys, _KEYS, dim=1)
+        ]
+        listening.drawn[audience.layer] = torch.cat(drawn, dim=2)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class BlockAlone:
     block: Block
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    part_of: object = None
+    """The call of the model that it was part of, if the model was under an edit: see `hooks.at_hand`."""
 
     def run(
         self,
@@ -52,6 +55,7 @@ class BlockAlone:
 
         with ExitStack() as stack:
             stack.enter_context(hooks.measuring(self.model))
+            stack.enter_context(hooks.within(self.part_of))
             stack.enter_context(hooks.edit([(change, point) for point, change in edits], lambda fn, t: fn(t)))
             stack.enter_context(hooks.watch((points or {}).items(), see))
             stack.enter_context(hooks.record_arguments(listen, lambda into, args, kwargs: into.append((args, kwargs))))
@@ -82,25 +86,39 @@ def with_gamma(norm: Norm, gamma: Callable[[torch.Tensor], torch.Tensor], d_mode
     """
     old = norm.gamma(d_model)
     difference = gamma(old) - old
-    read: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> None:
-        read.append(tensor)
-
-    def change(out: torch.Tensor) -> torch.Tensor:
-        normalised = _normalised(norm, read.pop(), out, old.to(out.device))
-        return (out.float() + difference.to(out.device) * normalised).to(out.dtype)
-
-    return [(Point(norm.module, "input"), keep), (Point(norm.module, "output"), change)]
+    other = _OtherGamma(norm.name, norm.module, old, difference)
+    return [(Point(norm.module, "input"), other.keep), (Point(norm.module, "output"), other.change)]
 
 
-def _normalised(norm: Norm, x: torch.Tensor, out: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+@dataclass(eq=False)
+class _OtherGamma:
+    """What a norm returns under another gamma; an object, so that it goes with a model that is copied or pickled."""
+
+    name: str
+    module: nn.Module
+    old: torch.Tensor
+    difference: torch.Tensor
+    read: dict[int, torch.Tensor] = field(default_factory=dict)
+    """What it reads in the call at hand, by thread."""
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """The norm is called."""
+        self.read[threading.get_ident()] = tensor
+
+    def change(self, out: torch.Tensor) -> torch.Tensor:
+        """It has returned."""
+        x = self.read.pop(threading.get_ident())
+        normalised = _normalised(self.name, self.module, x, out, self.old.to(out.device))
+        return (out.float() + self.difference.to(out.device) * normalised).to(out.dtype)
+
+
+def _normalised(name: str, module: nn.Module, x: torch.Tensor, out: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     x, y = x.float(), out.float()
-    eps = next((float(e) for n in ("variance_epsilon", "eps") if (e := getattr(norm.module, n, None)) is not None), 0.0)
-    bias = getattr(norm.module, "bias", None)
+    eps = next((float(e) for n in ("variance_epsilon", "eps") if (e := getattr(module, n, None)) is not None), 0.0)
+    bias = getattr(module, "bias", None)
     shift = bias.detach().float().to(y.device) if isinstance(bias, torch.Tensor) else torch.zeros_like(gamma)
     tolerance = max(1e-4, 4 * torch.finfo(out.dtype).eps)
-    for centred in (isinstance(norm.module, nn.LayerNorm), not isinstance(norm.module, nn.LayerNorm)):
+    for centred in (isinstance(module, nn.LayerNorm), not isinstance(module, nn.LayerNorm)):
         kept = x - x.mean(-1, keepdim=True) if centred else x
         normalised = kept * torch.rsqrt(kept.square().mean(-1, keepdim=True) + eps)
         expected = gamma * normalised + shift
@@ -111,7 +129,7 @@ def _normalised(norm: Norm, x: torch.Tensor, out: torch.Tensor, gamma: torch.Ten
         if (within | ~torch.isfinite(y)).all():
             return normalised
     raise ArchitectureError(
-        f"The norm {norm.name} ({type(norm.module).__name__}) does not compute gamma * x / rms(x) + bias, centred or "
+        f"The norm {name} ({type(module).__name__}) does not compute gamma * x / rms(x) + bias, centred or "
         "not, so its gamma cannot be changed. Its block cannot be explained; give other layers."
     )
 

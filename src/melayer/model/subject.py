@@ -6,11 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from melayer.data.rows import Row, encode, windows
 from melayer.data.texts import builtin_texts
+from melayer.errors import InputError
 from melayer.model import wiring
-from melayer.model.decoder import Decoder
+from melayer.model.decoder import Decoder, plain_model
 from melayer.model.provenance import ModelInfo, describe
+from melayer.model.token_ids import require_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +54,9 @@ class Subject:
 
         Raises:
             ArchitectureError: A part of the model was not found.
+            InputError: Autocast is on.
         """
+        _refuse_autocast(plain_model(model))
         decoder = wiring.read(model, parts=parts)
         return cls(decoder, tokenizer, describe(decoder, name))
 
@@ -61,21 +68,50 @@ class Subject:
     def rows(
         self, texts: Sequence[str] | None, *, max_tokens: int | None = None, bos: bool | None = None
     ) -> tuple[Row, ...]:
-        """The token rows of `texts`, by default the built-in ones; see `encode`."""
-        return encode(
-            self.tokenizer,
-            builtin_texts() if texts is None else texts,
-            max_tokens=max_tokens,
-            max_positions=self.decoder.max_positions,
-            bos=bos,
+        """The token rows of `texts`, by default the built-in ones; see `encode`.
+
+        Raises:
+            InputError: As `encode`; or a token is beyond the embedding.
+        """
+        return self._known(
+            encode(
+                self.tokenizer,
+                builtin_texts() if texts is None else texts,
+                max_tokens=max_tokens,
+                max_positions=self.decoder.max_positions,
+                bos=bos,
+            )
         )
 
     def windows(self, texts: Sequence[str] | None, length: int, *, bos: bool | None = None) -> tuple[Row, ...]:
-        """The texts, by default the built-in ones, cut into sequences of `length` tokens; see `data.rows.windows`."""
-        return windows(
-            self.tokenizer,
-            builtin_texts() if texts is None else texts,
-            length,
-            max_positions=self.decoder.max_positions,
-            bos=bos,
+        """The texts, by default the built-in ones, cut into sequences of `length` tokens; see `data.rows.windows`.
+
+        Raises:
+            InputError: As `windows`; or a token is beyond the embedding.
+        """
+        return self._known(
+            windows(
+                self.tokenizer,
+                builtin_texts() if texts is None else texts,
+                length,
+                max_positions=self.decoder.max_positions,
+                bos=bos,
+            )
         )
+
+    def _known(self, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+        """The rows, whose tokens the embedding knows: said before anything runs."""
+        for row in rows:
+            require_rows(torch.tensor(row.ids), self.decoder.embedding, self.model)
+        return rows
+
+
+def _refuse_autocast(model: nn.Module) -> None:
+    """Raises InputError where the model would compute in another dtype than its own, which is what results name."""
+    for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
+        if torch.is_autocast_enabled(kind):
+            dtype = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+            raise InputError(
+                f"Autocast is on: on {kind} the model would compute in {dtype}, and results would say otherwise. "
+                f"Measure inside torch.autocast({kind!r}, enabled=False), or load the model with dtype={dtype!r}."
+            )

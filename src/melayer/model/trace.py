@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from melayer.errors import ArchitectureError, border
 from melayer.model.block_lists import signature
 from melayer.model.forward import probe_ids
 from melayer.model.hooks import Call, edits_paused, measuring, record_calls, stoppable
@@ -64,7 +65,11 @@ def trace(model: PreTrainedModel, lists: Mapping[str, nn.ModuleList]) -> dict[st
     kinds = [kind for path, blocks in lists.items() for kind in _kinds(path, blocks)]
     watched, owners = _watched(kinds, lists)
 
-    with stoppable() as stop:
+    todo = "Check its config against its weights."
+    with (
+        border(f"{type(model).__name__} does not run on a few tokens", todo, error=ArchitectureError),
+        stoppable() as stop,
+    ):
 
         def note(call: Call) -> None:
             kind, name = owners[call.name]
@@ -77,7 +82,9 @@ def trace(model: PreTrainedModel, lists: Mapping[str, nn.ModuleList]) -> dict[st
                 stop()
 
         ids = probe_ids(model)
-        with measuring(model), edits_paused(model), record_calls(watched, note):
+        # Under autocast a sum would be of another dtype than its parts.
+        own = torch.autocast(ids.device.type, enabled=False)
+        with measuring(model), edits_paused(model), record_calls(watched, note), own:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     traced: dict[str, dict[str, TracedBlock]] = {}
     for kind in kinds:

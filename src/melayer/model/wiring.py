@@ -8,7 +8,7 @@ branch from norms after it, sequential residuals from parallel ones, gate from u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -52,8 +52,14 @@ def read(model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = 
     parts = dict(parts or {})
     for part in sorted(parts):
         require_known(part, PARTS, f"There is no part {part!r} to name", error=ArchitectureError)
+    if not isinstance(model, nn.Module):
+        raise ArchitectureError(
+            f"A {type(model).__name__} was given, which is no causal language model. Give what melayer.load(name) "
+            "returns as its model."
+        )
     _refuse_empty(model)
     candidates = block_lists(model, parts)
+    _refuse_wrapper(model)
     traced = trace(model, candidates)
     path = next((path for path in candidates if path in traced), None)
     if path is None:
@@ -75,8 +81,28 @@ def read(model: PreTrainedModel | Decoder, *, parts: Mapping[str, str] | None = 
         head=model.get_output_embeddings(),
         d_model=first.block_in.shape[-1],
         family=str(model.config.model_type),
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=_max_positions(config),
     )
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    if not (hasattr(model, "get_input_embeddings") and hasattr(model, "config")):
+        raise ArchitectureError(
+            f"A {type(model).__name__} was given, which is not a model of transformers. If it is put around one, give "
+            "the model inside it (model.module)."
+        )
+
+
+def _max_positions(config: Any) -> int | None:
+    """How many tokens a model was made for, where its config says so: XLNet's says -1 for any number."""
+    found = getattr(config, "max_position_embeddings", None)
+    if found is None or found == -1:
+        return None
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise ArchitectureError(
+            f"The model's config says max_position_embeddings = {found!r}; expected a number of tokens. Mend it."
+        )
+    return found
 
 
 def _refuse_empty(model: nn.Module) -> None:

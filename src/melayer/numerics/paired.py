@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from melayer.errors import InputError
+from melayer.numerics.intervals import LEVEL, Values, paired_share_interval, ratio_interval
 
-Values = npt.NDArray[np.float64]
-
-LEVEL = 0.95
 RESAMPLES = 10_000
+"""Of the permutation test."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,18 @@ class Comparison:
     other: float
     difference: float
     """`other - base`."""
-    low: float
-    high: float
-    """Paired bootstrap interval of the difference (percentile, resampled by item)."""
+    low: float | None
+    high: float | None
+    """Of right and wrong: the score interval (Tango 1998). Of other values: Student's t by item, for shares of an
+    item's parts with one item added that is won and one that is lost. None where there is no spread to measure."""
     level: float
     wins: int
     """Items on which the other variant is better."""
     losses: int
     ties: int
     p: float
-    """Two-sided. Of right and wrong: exact McNemar test. Of other values: sign-flip permutation test by item."""
+    """Two-sided. Of right and wrong: mid-p McNemar test (Fagerland, Lydersen & Laake 2013), whose conclusions are those
+    of the interval but for a few tables. Of other values: sign-flip permutation test by item."""
     test: str
     p_holm: float | None = None
     """Adjusted (Holm 1979) for all comparisons made together; None where it stands alone."""
@@ -72,35 +73,65 @@ class Comparison:
             unit: What differences are counted in.
             scale: How many of them make 1.
         """
-        sign = 1 if self.higher_is_better else -1
-        low, high = sorted((sign * scale * self.low, sign * scale * self.high))
-        gain = sign * scale * self.difference
-        low, high, gain = (round(value, 1) + 0.0 for value in (low, high, gain))  # no -0.0
-        interval = f"{self.level:.0%} interval {low:.1f} to {high:.1f}"
         start = f"wins {self.wins}, losses {self.losses}, ties {self.ties}: "
         if not self.higher_is_better:
             start = f"(less is better) {start}"
-        if self.wins == self.losses == 0:
-            return f"{start}no item differs."
-        size = f"{abs(gain):.1f} {unit}"
-        if self.shown and gain > 0:
-            return f"{start}a gain of {size}, {interval}."
+        if self.low is None or self.high is None:
+            if self.wins == self.losses == 0:
+                return f"{start}no item differs."
+            return f"{start}{self.n} item{'' if self.n == 1 else 's'} of the same change give no interval."
+        sign = scale if self.higher_is_better else -scale
+        low, high = sorted((sign * self.low, sign * self.high))
+        digits = _digits(high - low)
+        low, high, gain = (round(value, digits) + 0.0 for value in (low, high, sign * self.difference))  # no -0.0
+        interval = f"{self.level:.0%} interval {low:.{digits}f} to {high:.{digits}f}"
         if self.shown:
-            return f"{start}a loss of {size}, {interval}."
+            return f"{start}a {'gain' if gain > 0 else 'loss'} of {abs(gain):.{digits}f} {unit}, {interval}."
         ruled_out = []
         if high >= 0:
-            ruled_out.append(f"a gain of more than {high:.1f} {unit}")
+            ruled_out.append(f"a gain of more than {high:.{digits}f} {unit}")
         if low <= 0:
-            ruled_out.append(f"a loss of more than {-low + 0.0:.1f} {unit}")
+            ruled_out.append(f"a loss of more than {-low + 0.0:.{digits}f} {unit}")
+        none = "no item differs" if self.wins == self.losses == 0 else "no difference shown"
         return (
-            f"{start}no difference shown ({gain:+.1f} {unit}, {interval}, p {self.adjusted:.2g}); the data rule out "
-            f"{' and '.join(ruled_out)}."
+            f"{start}{none} ({gain:+.{digits}f} {unit}, {interval}, p {self.adjusted:.2g}{self._at_odds}); the data "
+            f"rule out {' and '.join(ruled_out)}."
         )
+
+    @property
+    def _at_odds(self) -> str:
+        """Why the interval leaves out 0 and the p-value does not call it a difference, or the other way round."""
+        if self._leaves_out_0 and self.p < 1 - self.level:
+            return " corrected for the number of comparisons, which the interval is not"
+        if self._leaves_out_0:
+            return " by a test that asks for more than the interval"
+        if self.adjusted < 1 - self.level:
+            return ", but the interval holds 0"
+        return ""
+
+    @property
+    def _leaves_out_0(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     @property
     def shown(self) -> bool:
         """Whether the data show a difference: by the (adjusted) test, and by an interval that leaves out 0."""
-        return self.adjusted < 1 - self.level and (self.low > 0 or self.high < 0)
+        return self.adjusted < 1 - self.level and self._leaves_out_0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two mean log-losses of the same tokens, in nats a token; more is worse."""
+
+    value: float
+    low: float | None
+    """Ends of the interval by sequence (`intervals.ratio_interval`); None with a single sequence, or no spread."""
+    high: float | None
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def wilson(right: int, n: int, *, level: float = LEVEL) -> Share:
@@ -139,42 +170,40 @@ def compare(
         other: The same items under the other variant, in the same order.
         sizes: Each item's number of parts, the same under both; by default 1.
         level: Of confidence.
-        resamples: Of the bootstrap, and of the permutation test.
-        seed: Of both draws.
+        resamples: Of the permutation test.
+        seed: Of its draw.
         higher_is_better: Which direction counts as a win.
 
     Raises:
-        InputError: There are no items, or the lengths differ.
+        InputError: There are no items, the lengths differ, or a value is not finite.
 
     Example:
         >>> compare([1, 0, 0, 1], [1, 1, 1, 1]).wins
         2
     """
-    from scipy.stats import binomtest
-
     if not (len(base) == len(other) == (len(base) if sizes is None else len(sizes))) or not len(base):
         raise InputError(f"{len(base)} items were given for one variant and {len(other)} for the other.")
     first, second = np.asarray(base, dtype=np.float64), np.asarray(other, dtype=np.float64)
     size = np.ones_like(first) if sizes is None else np.asarray(sizes, dtype=np.float64)
+    if not all(bool(np.isfinite(values).all()) for values in (first, second, size)):
+        raise InputError("A value is not finite, so that no mean can be had. Leave that item out of both variants.")
     change = second - first
     rises, falls = int((change > 0).sum()), int((change < 0).sum())
     wins, losses = (rises, falls) if higher_is_better else (falls, rises)
-    # One stream for each purpose, so that one may change without the other.
-    draws, flips = (np.random.default_rng([seed, purpose]) for purpose in range(2))
-    low, high = _bootstrap(change, size, level, resamples, draws)
+    ends: tuple[float | None, float | None]
     if bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all() and (size == 1).all()):
-        test = "exact McNemar"
-        p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+        low, high = paired_share_interval(rises, falls, len(first), level=level)
+        test, p, ends = "mid-p McNemar", _mid_p(rises, falls), (float(low), float(high))
     else:
-        test = "sign-flip permutation"
-        p = _flipped(change, resamples, flips)
+        test, p = "sign-flip permutation", _flipped(change, resamples, np.random.default_rng([seed, 1]))
+        ends = _of_parts(first, second, size, level)
     return Comparison(
         n=len(first),
         base=float(first.sum() / size.sum()),
         other=float(second.sum() / size.sum()),
         difference=float(change.sum() / size.sum()),
-        low=low,
-        high=high,
+        low=ends[0],
+        high=ends[1],
         level=level,
         wins=wins,
         losses=losses,
@@ -204,61 +233,54 @@ def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(one, p_holm=float(p)) for one, p in zip(comparisons, adjusted, strict=True)]
 
 
-def interval(
-    base: Sequence[float],
-    other: Sequence[float],
-    sizes: Sequence[float],
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """The difference `other - base` of a score and both ends of its paired bootstrap interval, as in `compare`.
+def difference(base: Sequence[float], other: Sequence[float], sizes: Sequence[float]) -> Difference:
+    """The difference `other - base` of a ratio of sums over the same sequences, with its interval by sequence.
 
     Args:
-        base: Each item's sum over its parts under the first variant.
-        other: The same items under the other variant, in the same order.
-        sizes: Each item's number of parts.
-        level: Of confidence.
-        resamples: Of the bootstrap.
-        seed: Of its draw.
+        base: Each sequence's sum over its tokens under the first variant.
+        other: The same sequences under the other variant, in the same order.
+        sizes: Each sequence's number of tokens.
 
     Example:
-        >>> interval([1.0, 2.0], [2.0, 3.0], [1, 1])
-        (1.0, 1.0, 1.0)
+        >>> difference([1.0, 2.0], [2.0, 3.5], [1, 1]).value
+        1.25
     """
     size = np.asarray(sizes, dtype=np.float64)
     change = np.asarray(other, dtype=np.float64) - np.asarray(base, dtype=np.float64)
-    low, high = _bootstrap(change, size, level, resamples, np.random.default_rng([seed, 0]))
-    return float(change.sum() / size.sum()), low, high
+    low, high = ratio_interval(change, size) or (None, None)
+    return Difference(float(change.sum() / size.sum()), low, high)
 
 
 _AT_ONCE = 2_000_000
 """Random numbers held at a time."""
 
 
-def _bootstrap(
-    change: Values, size: Values, level: float, resamples: int, random: np.random.Generator
-) -> tuple[float, float]:
-    """Both ends of the percentile interval of sum(change) / sum(size), resampled by item."""
-    from scipy.stats import bootstrap
+def _of_parts(first: Values, second: Values, size: Values, level: float) -> tuple[float | None, float | None]:
+    """Both ends of the interval where an item is more than right or wrong."""
+    change = second - first
+    if not all(bool(((value >= 0) & (value <= size)).all()) for value in (first, second)):
+        return ratio_interval(change, size, level=level) or (None, None)
+    # Shares: an item that does not differ may still have done so. One more is won and one is lost, each by as much
+    # as any that differs, or whole.
+    most = float(np.abs(change).max()) or float(size.mean())
+    low, high = ratio_interval(change, size, added=(most, -most), level=level) or (-1.0, 1.0)
+    return max(low, -1.0), min(high, 1.0)
 
-    if len(change) == 1:  # scipy refuses it: drawn again it is always itself
-        only = float(change[0] / size[0])
-        return only, only
-    found = bootstrap(
-        (change, size),
-        lambda change, size, axis: change.sum(axis=axis) / size.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=_batch(change),
-        method="percentile",
-        rng=random,
-    )
-    # Not its own interval, whose last digits depend on scipy's version.
-    low, high = np.quantile(found.bootstrap_distribution, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+
+def _mid_p(rises: int, falls: int) -> float:
+    """McNemar's test of the items that differ, with half the weight on what was found."""
+    from scipy.stats import binom
+
+    n, fewer = rises + falls, min(rises, falls)
+    if not n:
+        return 1.0
+    found = float(binom.pmf(fewer, n, 0.5))
+    return 1 - found / 2 if rises == falls else float(2 * binom.cdf(fewer, n, 0.5)) - found
+
+
+def _digits(width: float) -> int:
+    """Decimals that show an interval of this width to two digits, at least one."""
+    return max(1, 1 - math.floor(math.log10(width))) if width > 0 else 1
 
 
 def _flipped(change: Values, resamples: int, random: np.random.Generator) -> float:

@@ -17,10 +17,11 @@ MAP_TOKENS = 48
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """What is kept of an activation [batch, seq, d_model]; every field has the batch in front."""
+    """What is kept of an activation [batch, seq, d_model]; every field but the last two has the batch in front."""
 
     values: torch.Tensor
-    """[batch, k] the entries of largest magnitude, signed, largest first; NaN and infinity come before all."""
+    """[batch, k] the entries of largest magnitude, signed, largest first; NaN and infinity come before all. NaN where a
+    row has fewer."""
     tokens: torch.Tensor
     """[batch, k] the token of each."""
     dims: torch.Tensor
@@ -37,6 +38,12 @@ class Summary:
     """[batch] how many tokens hold a NaN or an infinity."""
     token_max: torch.Tensor
     """[batch, MAP_TOKENS] the largest |h| of each of the first tokens; NaN beyond the row's end."""
+    massive_tokens: torch.Tensor
+    """[batch, seq] whether each token holds an entry that meets the criterion, all of them; false in the padding."""
+    massive_in_dim: torch.Tensor
+    """[d_model] int64, how many entries of each dimension meet the criterion, over the rows that are finite."""
+    massive_sum: torch.Tensor
+    """[d_model] the sum of these entries."""
 
     def cpu(self) -> Summary:
         """The same on the host."""
@@ -65,11 +72,18 @@ def summarise(hidden: torch.Tensor, lengths: Sequence[int], *, min_abs: float, m
         min_ratio: See `min_abs`.
         k: How many of the largest entries to keep.
     """
-    rows = [_summarise_row(hidden[row, :length].float(), min_abs, min_ratio, k) for row, length in enumerate(lengths)]
-    return Summary(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    seq = hidden.shape[1]
+    k = min(k, seq * hidden.shape[2])  # there are no more, however many were asked for
+    rows = [
+        _summarise_row(hidden[row, :length].float(), seq, min_abs, min_ratio, k) for row, length in enumerate(lengths)
+    ]
+    *by_row, counts, sums = (torch.stack(column) for column in zip(*rows, strict=True))
+    return Summary(*[*by_row, counts.sum(dim=0), sums.sum(dim=0)])
 
 
-def _summarise_row(hidden: torch.Tensor, min_abs: float, min_ratio: float, k: int) -> tuple[torch.Tensor, ...]:
+def _summarise_row(
+    hidden: torch.Tensor, seq: int, min_abs: float, min_ratio: float, k: int
+) -> tuple[torch.Tensor, ...]:
     n_tokens, d_model = hidden.shape
     magnitude = hidden.abs()
     token_max = magnitude.amax(dim=-1)
@@ -79,7 +93,14 @@ def _summarise_row(hidden: torch.Tensor, min_abs: float, min_ratio: float, k: in
     tokens, dims = candidates[top // d_model], top % d_model
     values = hidden[tokens, dims]
     median = magnitude.flatten().median()
-    n_massive = (magnitude > torch.clamp(min_ratio * median, min=min_abs)).sum()
+    bound = torch.clamp(min_ratio * median, min=min_abs)
+    massive_tokens = token_max > bound
+    # On the host only the few massive tokens are looked at again; to ask another device which these are would make it
+    # wait, and a pass over its memory is cheap there.
+    again = massive_tokens if hidden.device.type == "cpu" else slice(None)
+    massive = magnitude[again] > bound
+    n_non_finite = (~torch.isfinite(token_max)).sum()
+    in_dim, of_dim = massive.sum(dim=0), torch.where(massive, hidden[again], 0.0).sum(dim=0)
     norms = torch.linalg.vector_norm(hidden, dim=-1)
     is_top = torch.arange(n_tokens, device=hidden.device) == tokens[0]
     others = torch.where(is_top, torch.nan, norms).nanmedian()
@@ -88,11 +109,14 @@ def _summarise_row(hidden: torch.Tensor, min_abs: float, min_ratio: float, k: in
         _padded(tokens, k),
         _padded(dims, k),
         median,
-        n_massive,
+        in_dim.sum(),
         norms[tokens[0]],
         others,
-        (~torch.isfinite(token_max)).sum(),
+        n_non_finite,
         _padded(token_max[:MAP_TOKENS], MAP_TOKENS),
+        torch.nn.functional.pad(massive_tokens, (0, seq - n_tokens)),
+        torch.where(n_non_finite == 0, in_dim, 0),
+        torch.where(n_non_finite == 0, of_dim, 0.0),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,15 +46,25 @@ def rectangle(rows: Sequence[Sequence[float | None] | None], width: int | None =
 
 
 def number(value: float | None, digits: int = 0, *, absent: str = ABSENT) -> str:
-    """A number with so many digits behind the point, its thousands apart."""
-    return absent if value is None else f"{value:,.{digits}f}"
+    """A number with so many digits behind the point, its thousands apart; absent where it is not finite."""
+    return absent if value is None or not math.isfinite(value) else unsigned_zero(f"{value:,.{digits}f}")
 
 
 def percent(value: float | None, digits: int = 1, *, absent: str = ABSENT) -> str:
-    """A share in percent."""
-    return absent if value is None else f"{value:.{digits}%}"
+    """A share in percent; absent where it is not finite."""
+    return absent if value is None or not math.isfinite(value) else unsigned_zero(f"{value:.{digits}%}")
+
+
+def change(value: float | None, digits: int = 1, *, absent: str = ABSENT) -> str:
+    """A share in percent with its sign; what rounds to zero has none."""
+    return absent if value is None or not math.isfinite(value) else unsigned_zero(f"{value:+.{digits}%}")
 
 
 def share(value: float | None, *, absent: str = ABSENT) -> str:
-    """A share in percent; one that rounds to zero has no minus."""
-    return percent(value, absent=absent).replace("-0.0%", "0.0%")
+    """A share in percent with one digit."""
+    return percent(value, absent=absent)
+
+
+def unsigned_zero(written: str) -> str:
+    """A number as it was written, without a sign where all of its digits are zero: there is no "-0.0%"."""
+    return written if any(digit in written for digit in "123456789") else written.lstrip("+-")

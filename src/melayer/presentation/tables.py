@@ -16,11 +16,12 @@ ABSENT = "-"
 """Stands at a terminal where there is no number."""
 
 # The columns that give way where the terminal is narrow.
-WRAPPED = frozenset({"begins", "metric", "variant"})
+WRAPPED = frozenset({"begins", "metric", "variant", "what it is"})
 
 number = partial(numbers.number, absent=ABSENT)
 percent = partial(numbers.percent, absent=ABSENT)
 share = partial(numbers.share, absent=ABSENT)
+change = partial(numbers.change, absent=ABSENT)
 
 
 def table(title: str, columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[Any]]) -> Table:

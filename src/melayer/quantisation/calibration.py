@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from melayer.data.rows import Row, batches
-from melayer.errors import InputError, OutputError
+from melayer.errors import InputError, OutputError, border
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
 from melayer.model.forward import forward
@@ -25,7 +25,7 @@ from melayer.runs.atomic import staged
 from melayer.runs.cache import sha256_of
 from melayer.runs.json_text import json_text
 from melayer.runs.progress import Progress
-from melayer.runs.records import sealed, unsealed
+from melayer.runs.records import sealed
 from melayer.version import __version__
 
 Granularity = Literal["per-tensor", "per-token", "per-channel"]
@@ -34,6 +34,7 @@ GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 TENSORS, ABOUT = "scales.safetensors", "scales.json"
 VERSION = 1
+_AGAIN = "Write them again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,22 +169,65 @@ def read_scales(
         InputError: There are none, they cannot be read, or they are of another model.
     """
     directory = Path(directory)
+    said = f"The scales in {directory} cannot be read"
     try:
-        said, todo = f"The scales in {directory} cannot be read", "Write them again."
-        about = unsealed(records.read(directory / ABOUT, dict[str, Any], said, todo), said, todo)
-        if about.get("sha256", digest := sha256_of(directory / TENSORS)) != digest:
-            raise InputError(f"{said}: {TENSORS} is not as it was written (its checksum differs). {todo}")
-        tensors = load_file(directory / TENSORS)
-        require_same_model(
-            about["model"]["fingerprint"],
-            fingerprint,
-            f"The scales in {directory} are of weights with fingerprint {about['model']['fingerprint']}; these "
-            f"have {fingerprint}. Calibrate again with this model.",
-        )
-        return tuple(tensors[f"{of.key}/{at.names[0]}"] for at in inputs)
+        about = records.read_sealed(directory / ABOUT, _About, said, _AGAIN)
+        with border(said, _AGAIN):
+            tensors = load_file(directory / TENSORS)
+        if about.sha256 not in (None, sha256_of(directory / TENSORS)):
+            raise InputError(f"{said}: {TENSORS} is not as it was written (its checksum differs). {_AGAIN}")
     except FileNotFoundError as error:
         raise InputError(f"{directory} holds no {ABOUT} and {TENSORS}. Write them with quant-check --out.") from error
-    except KeyError as error:
-        raise InputError(f"The scales in {directory} have no {error}. Calibrate again with this setting.") from error
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InputError(f"The scales in {directory} cannot be read: {error}. Write them again.") from error
+    if about.version != VERSION:
+        raise InputError(f"{said}: they have version {about.version}, this melayer reads {VERSION}. {_AGAIN}")
+    require_same_model(
+        about.model.fingerprint,
+        fingerprint,
+        f"The scales in {directory} are of weights with fingerprint {about.model.fingerprint}; these have "
+        f"{fingerprint}. Calibrate again with this model.",
+    )
+    found = []
+    for at in inputs:
+        name = f"{of.key}/{at.names[0]}"
+        if name not in tensors:
+            raise InputError(f"The scales in {directory} have no {name!r}. Calibrate again with this setting.")
+        scale = tensors[name]
+        shapes = ((),) if of.granularity == "per-tensor" else ((at.width,),)
+        fits = tuple(scale.shape) in shapes and scale.is_floating_point()
+        if not fits or not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+            raise InputError(f"{said}: {name} is not {shapes[0]} of finite sizes. {_AGAIN}")
+        found.append(scale)
+    return tuple(found)
+
+
+@dataclass
+class _Model:
+    fingerprint: str
+
+
+@dataclass
+class _Set:
+    key: str
+    treatment: Treatment
+    format: Format
+    granularity: Granularity
+
+
+@dataclass
+class _Map:
+    layer: int
+    name: str
+    width: int
+
+
+@dataclass
+class _About:
+    """What `scales.json` says; other fields describe how the scales were made."""
+
+    version: int
+    melayer_version: str
+    model: _Model
+    sets: list[_Set]
+    maps: list[_Map]
+    sha256: str | None = None
+    """Of the tensors' file; the first version did not say it."""

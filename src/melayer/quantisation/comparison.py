@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from melayer.numerics.paired import interval
-from melayer.quantisation.result import Difference, PerplexityScore, Setting
+from melayer.numerics import paired
+from melayer.numerics.paired import Difference
+from melayer.quantisation.result import PerplexityScore, Setting
 from melayer.quantisation.treatments import MASKED, WITHOUT_MASK
 
 
@@ -40,5 +41,4 @@ def difference(base: PerplexityScore, other: PerplexityScore, n_predicted: int) 
     if len(pairs) < len(base.by_sequence):
         return None
     first, second = zip(*pairs, strict=True)
-    value, low, high = interval(first, second, [n_predicted] * len(pairs))
-    return Difference(value, low, high) if len(pairs) > 1 else Difference(value, None, None)
+    return paired.difference(first, second, [n_predicted] * len(pairs))

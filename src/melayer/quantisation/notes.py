@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from melayer.interventions.baked_prefix import BakedPrefix
+from melayer.numerics.intervals import FEW
 from melayer.quantisation.result import Elsewhere, Prefix
 from melayer.quantisation.treatments import Treatment
-
-_FEW = 10
-"""Fewer sequences than this make a rough interval."""
 
 
 def remarks(
@@ -26,7 +24,7 @@ def remarks(
         yield "No token of the prefix is massive, so baking it takes no massive token away."
     if baked:
         yield from _not_baked(elsewhere)
-    if n_sequences < _FEW:
+    if n_sequences < FEW:
         yield f"With {n_sequences} sequences the intervals are rough."
     for treatment, of in baked.items():
         if why := of.unwritable:

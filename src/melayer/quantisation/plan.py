@@ -76,7 +76,7 @@ def _impossible(emerged: Emergence, mask: WeMask | None, prefix: tuple[int, ...]
     """Why which treatments have nothing to work on."""
     reasons: dict[Treatment, str] = {}
     if not prefix:
-        no_token = "without a begin-of-sequence token there is no fixed first token to bake; give a prefix (--prefix)"
+        no_token = "the tokenizer puts no token in front that could be baked; ask for one (--bos or --prefix)"
         reasons |= dict.fromkeys(BAKED, no_token)
     if emerged.me_layer is None and mask is None:
         reasons |= dict.fromkeys(MASKED, "there is no ME layer in these texts, so there is nothing to mask")

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melayer.data.rows import token_text
-from melayer.interventions.apply import require_unmasked
+from melayer.data.rows import bos_note, token_text
+from melayer.interventions.at_work import require_unmasked
 from melayer.interventions.mask import Selector, WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, Origin, criterion_settings, origin_of
 from melayer.model.subject import Subject
-from melayer.numerics.paired import LEVEL
+from melayer.numerics.intervals import LEVEL
 from melayer.quantisation.calibration import GRANULARITIES, ScaleSet
 from melayer.quantisation.check import Check
 from melayer.quantisation.choices import Choices
@@ -82,11 +82,11 @@ def quant_check(  # noqa: PLR0913 - the options of the command, each by its name
         strength: How much of a masked entry is taken away.
         layers: The masked blocks; by default all with softmax attention after the ME layer.
         seed: Of selector `random`.
-        prefix: The ids that every sequence begins with and that the baked treatments bake; by default the
-            begin-of-sequence token, where there is one.
+        prefix: The ids that every sequence begins with and that the baked treatments bake; by default
+            what the tokenizer puts in front of every text, if anything.
         T: Tokens in each sequence, the prefix counted.
         n_sequences: Sequences to predict, and to calibrate with, at most.
-        bos: Whether the prefix is the begin-of-sequence token, where none is given; None: if the tokenizer has one.
+        bos: Whether the prefix is the begin-of-sequence token, where none is given; None leaves it to the tokenizer.
         criterion: What counts as massive, and as the ME layer, which is found in the calibration sequences.
         max_batch_tokens: Tokens in one forward pass.
         parts: Names of parts that `wiring.read` does not find by itself.
@@ -168,7 +168,8 @@ def _result(
         "calibration": elsewhere(emerged.flags, n_prefix),
         "evaluation": elsewhere(passes.flags, n_prefix),
     }
-    said = remarks(me_layer, prefix, massive_elsewhere, n_sequences, passes.baked)
+    said = [*filter(None, [bos_note(rows) for rows in (sequences.calibration_rows, sequences.evaluation_rows)])]
+    said += remarks(me_layer, prefix, massive_elsewhere, n_sequences, passes.baked)
     return QuantCheckResult(
         model=check.subject.info,
         settings=_settings(check, given, plan, emerged),

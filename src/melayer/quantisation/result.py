@@ -13,26 +13,12 @@ import torch
 from melayer.interventions.baked_prefix import BakedPrefix
 from melayer.model.provenance import ModelInfo
 from melayer.numerics.grids import Format
+from melayer.numerics.paired import Difference
 from melayer.quantisation.calibration import ABOUT, TENSORS, Granularity, ScaleSet, write_scales
 from melayer.quantisation.linear_inputs import LinearInput, joined
 from melayer.quantisation.settings import QuantCheckSettings
 from melayer.quantisation.treatments import BAKED, Treatment
 from melayer.version import __version__
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two mean log-losses of the same tokens, in nats a token; more is worse."""
-
-    value: float
-    low: float | None
-    """Ends of the paired bootstrap interval by sequence; None with a single sequence."""
-    high: float | None
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)

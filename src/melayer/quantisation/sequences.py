@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from melayer.data.rows import Row, encode
 from melayer.data.texts import builtin_texts
+from melayer.data.tokens import Affixes
 from melayer.errors import InputError
 from melayer.model.forward import embedding_weight
 from melayer.model.subject import Subject
@@ -54,8 +55,8 @@ def prefix_of(subject: Subject, ids: Sequence[int] | None, bos: bool | None) -> 
 
     Args:
         subject: The model and its tokenizer.
-        ids: The ids that were given; None for the begin-of-sequence token.
-        bos: Whether that comes first, where none are given; None: if the tokenizer has one.
+        ids: The ids that were given; None for what the tokenizer puts in front.
+        bos: Where none are given, whether the begin-of-sequence token comes first; None leaves it to the tokenizer.
 
     Raises:
         InputError: An id is not the model's, none is given, or the tokenizer has no begin-of-sequence token.
@@ -64,7 +65,9 @@ def prefix_of(subject: Subject, ids: Sequence[int] | None, bos: bool | None) -> 
     if ids is None:
         if bos and bos_id is None:
             raise InputError("This tokenizer has no begin-of-sequence token. Give a prefix, or leave the choice to it.")
-        return () if bos is False or bos_id is None else (int(bos_id),)
+        if bos is None:
+            return Affixes.of(subject.tokenizer).front
+        return (int(bos_id),) if bos and bos_id is not None else ()
     size = embedding_weight(subject.model).shape[0]
     prefix = tuple(int(token) for token in ids)
     for token in prefix:
@@ -124,7 +127,8 @@ def cut(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prefix: Sequence[int], T: int, n: int
 ) -> tuple[Row, ...]:
     """The first `n` sequences of exactly T tokens: the prefix, then the texts one after the other, what is left
-    over of each dropped.
+    over of each dropped. A text that begins with the prefix itself, as one from a chat template does, does not get
+    it twice.
 
     Raises:
         InputError: No text is long enough.
@@ -132,10 +136,15 @@ def cut(
     rows: list[Row] = []
     longest, step = 0, T - len(prefix)
     for row in encode(tokenizer, texts, max_tokens=sys.maxsize, bos=False):
-        longest = max(longest, len(row))
-        for start in range(0, len(row) - step + 1, step):
+        begins = len(prefix) if prefix and row.ids[: len(prefix)] == tuple(prefix) else 0
+        longest = max(longest, len(row) - begins)
+        for start in range(begins, len(row) - step + 1, step):
             ids = (*prefix, *row.ids[start : start + step])
-            rows.append(replace(row, index=len(rows), ids=ids, tokens=(), has_bos=False))
+            rows.append(
+                replace(
+                    row, index=len(rows), ids=ids, tokens=(), has_bos=False, own_bos=row.own_bos * (start == begins)
+                )
+            )
             if len(rows) == n:
                 return tuple(rows)
     if not rows:

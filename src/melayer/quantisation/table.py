@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from melayer.numerics.paired import Difference
 from melayer.presentation.tables import ABSENT, percent, print_answer, print_text, table
-from melayer.quantisation.result import Difference, QuantCheckResult, shown
+from melayer.quantisation.result import QuantCheckResult, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

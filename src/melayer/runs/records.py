@@ -61,13 +61,35 @@ def read(
         FileNotFoundError: There is none, which means something else at each place.
         InputError: It cannot be read, or as `parse`.
     """
+    return parse(content_of(path, said, todo, error), kind, said, todo, error)
+
+
+def content_of(path: Path, said: str, todo: str, error: type[MelayerError] = InputError) -> bytes:
+    """What is in a file; of a pipe or a device nothing is read, since it might never end.
+
+    Raises:
+        FileNotFoundError: There is none.
+        InputError: It cannot be read.
+    """
     try:
-        content = ours.read_bytes(path)
+        return ours.read_bytes(path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as unreadable:
+    except (OSError, ValueError, MemoryError) as unreadable:
         raise error(f"{said}: {reason(unreadable)}. {todo}") from unreadable
-    return parse(content, kind, said, todo, error)
+
+
+def read_sealed(
+    path: Path, kind: type[Kind] | TypeAdapter[Kind], said: str, todo: str, error: type[MelayerError] = InputError
+) -> Kind:
+    """`read` of values that were `sealed`, if they were: those of the first version are not.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        InputError: They are not what was sealed, or as `read`.
+    """
+    values = unsealed(read(path, dict[str, Any], said, todo, error), said, todo, error)
+    return parse(json_text(values), kind, said, todo, error)
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:

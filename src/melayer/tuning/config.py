@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import typing
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import InputError, first_line
+from melayer.errors import InputError, reason
+from melayer.numerics.seeds import require_seed
+from melayer.runs import records
+from melayer.tuning import option_values
 
 if TYPE_CHECKING:
     from melayer.tuning.rows import Method
@@ -37,6 +41,8 @@ _UNMASKED = {
 }
 # What depends on the place or the moment, and not on what is trained.
 _ELSEWHERE = ("output_dir", "logging_dir", "run_name", "local_rank", "deepspeed_plugin", "hub_token")
+_LARGEST, _DEEPEST = 2**18, 20
+"""Bytes, and levels of nesting, that a file of options can have."""
 STEPS_BETWEEN = 100
 """Optimiser steps between checkpoints, and between evaluations, unless told otherwise."""
 
@@ -45,22 +51,55 @@ def read(path: Path) -> dict[str, Any]:
     """The options in a YAML (or JSON) file.
 
     Raises:
-        InputError: There is no such file, or it is not a mapping.
+        InputError: There is no such file, it is not a mapping, or it is not what a file of options needs to be.
     """
     import yaml
 
+    todo = "Give a YAML file with --config."
+    said = f"The config {path} cannot be read"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The config {path} cannot be read: {error}. Give a YAML file with --config.") from error
+        content = records.content_of(path, said, todo)
+    except FileNotFoundError as error:
+        raise InputError(f"{said}: {reason(error)}. {todo}") from error
+    if len(content) > _LARGEST:
+        raise InputError(f"{said}: it has {len(content):,} bytes, and options take at most {_LARGEST:,}. {todo}")
+    try:
+        text = content.decode("utf-8-sig")
+        _check_plain(path, text)
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         first = " ".join(str(error).split())
-        raise InputError(f"The config {path} is not YAML: {first}") from error
+        raise InputError(f"The config {path} is not YAML: {first[:300]}") from error
+    except (ValueError, RecursionError, OverflowError, AttributeError, TypeError) as error:
+        # Dates that there are not, nesting, numbers without digits: what its constructors raise.
+        raise InputError(f"{said}: {reason(error)}. {todo}") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"The config {path} is a {type(values).__name__}; expected lines of the form `name: value`.")
     return values
+
+
+def _check_plain(path: Path, text: str) -> None:
+    """Refuses what YAML could mean beside names and values: references, which can grow without end, and names twice."""
+    import yaml
+
+    depth, names, expects_name = 0, set(), True
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"The config {path} refers to itself (*{event.anchor}). Write each value out.")
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            depth += 1
+            if depth > _DEEPEST:
+                raise InputError(f"The config {path} is nested too deeply. Options are lines of the form name: value.")
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            depth -= 1
+        if depth == 1 and isinstance(event, (yaml.ScalarEvent, yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            if expects_name and isinstance(event, yaml.ScalarEvent):
+                if event.value in names:
+                    raise InputError(f"The config {path} has the option {event.value!r} twice. Leave one of them out.")
+                names.add(event.value)
+            expects_name = not expects_name
 
 
 def config_class(method: Method) -> Any:
@@ -78,6 +117,7 @@ def check(method: Method, given: Mapping[str, Any], *, masked: bool) -> dict[str
     """
     kind = config_class(method)
     known = {item.name: item for item in fields(kind) if item.init}
+    hints = typing.get_type_hints(kind)
     checked = {}
     for name, value in given.items():
         if name in _OURS:
@@ -95,7 +135,8 @@ def check(method: Method, given: Mapping[str, Any], *, masked: bool) -> dict[str
             try:
                 value = float(value)  # YAML reads 2e-5 as text: a number needs a point there
             except ValueError as error:
-                raise InputError(f"The option {name} is {value!r}; expected a number.") from error
+                raise InputError(f"The option {name} is {option_values.shown(value)}; expected a number.") from error
+        option_values.check(method, name, value, hints[name])
         checked[name] = value
     return checked
 
@@ -126,6 +167,8 @@ def resolve(
         "save_steps": STEPS_BETWEEN,
         "save_total_limit": 2,
         "seed": seed,
+        # Of whatever a trainer may load by a name: a reference, a reward model.
+        "trust_remote_code": False,
         # A NaN is to stop the run, not to be averaged away.
         "logging_nan_inf_filter": False,
     }
@@ -142,11 +185,12 @@ def resolve(
         alone = method == "sft" and given.get("padding_free") and not given.get("packing")
         ours["max_length"] = None if alone else min(default or max_positions, max_positions)
     values = {**ours, **given}
+    require_seed(values["seed"])
     try:
         with quiet():
             return kind(**values, output_dir=str(out), disable_tqdm=True)
-    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
-        raise InputError(f"The trainer refuses its options: {first_line(error)}") from error
+    except Exception as error:
+        raise InputError(f"The trainer refuses its options: {reason(error)}.") from error
 
 
 @contextmanager

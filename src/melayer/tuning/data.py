@@ -6,18 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import InputError, first_line
+from melayer.data.documents import Rejected, kind_of, listed
+from melayer.data.entries import BadRowError
+from melayer.errors import InputError, MelayerError, border, reason
 from melayer.tuning.rows import Method, Row, Shape
 from melayer.tuning.settings import DataSettings
+from melayer.tuning.sources import source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_KINDS = {"jsonl": "json", "json": "json", "parquet": "parquet", "csv": "csv"}
 _NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation", "chat"),
     "prompt": ("prompt", "question", "instruction", "problem", "query"),
@@ -68,7 +71,7 @@ class Columns:
         Raises:
             InputError: A named column is not there, or no form is complete; the message lists the columns.
         """
-        has = f"{source} has the columns {', '.join(present) or '(none)'}"
+        has = f"{source} has the columns {listed(present)}"
         roles = {role.rstrip("?") for form in _FORMS[method] for role in form}
         for role, column in named.items():
             if role not in roles:
@@ -133,40 +136,6 @@ class Prepared:
         }
 
 
-def read(source: str, *, split: str = "train") -> Dataset:
-    """The rows of a .jsonl, .json, .parquet or .csv file (also .gz), or of a data set on the hub.
-
-    Raises:
-        InputError: There is none, it cannot be read, or it has no row.
-    """
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from pyarrow import ArrowException
-
-    path = Path(source).expanduser()
-    kind = _KINDS.get(path.name.removesuffix(".gz").rpartition(".")[2].lower())
-    local = path.exists()
-    if not local and (kind is not None or source.startswith((".", "/", "~"))):
-        raise InputError(f"There is no file {source}. Give a file with training rows, or a data set on the hub.")
-    if local and (kind is None or path.is_dir()):
-        raise InputError(f"{source} is not a file of rows; expected .jsonl, .json, .parquet or .csv, also with .gz.")
-    if local and path.stat().st_size == 0:
-        raise InputError(f"{source} is empty. Give a file with at least one row.")
-    try:
-        if local:
-            assert kind is not None
-            found = load_dataset(kind, data_files=str(path), split="train")
-        else:
-            found = load_dataset(source, split=split)
-    except (DatasetGenerationError, DatasetNotFoundError, ArrowException, OSError, ValueError) as error:
-        what = "cannot be read" if local else "is not a file here, and cannot be had from the hub"
-        raise InputError(f"{source} {what}: {first_line(error.__cause__ or error)}") from error
-    assert isinstance(found, Dataset)
-    if not len(found):
-        raise InputError(f"{source} has no row. Give data with at least one.")
-    return found
-
-
 def prepare(
     method: Method,
     data: str | Path | Dataset | Sequence[Row],
@@ -175,12 +144,13 @@ def prepare(
     *,
     max_length: int | None = None,
     seed: int = 0,
+    vocabulary: int | None = None,
 ) -> Prepared:
     """The rows in the shape that the method's trainer takes.
 
     A prompt that is a string becomes a user's turn, and its answer the assistant's, where the tokenizer has a chat
-    template. Rows with an empty part, and rows that are longer than `max_length`, are left out, counted and said:
-    nothing is cut.
+    template. Rows that are malformed, that have an empty part, or that are longer than `max_length`, are left out,
+    counted and said: nothing is cut.
 
     Args:
         method: Whose rows.
@@ -189,9 +159,10 @@ def prepare(
         options: What becomes of them.
         max_length: Tokens of a row at most; for GRPO, of a prompt. None: any length.
         seed: Of the draw of validation rows.
+        vocabulary: How many tokens the model has, where that is known: a row with another one is left out.
 
     Raises:
-        InputError: Columns are missing, rows are malformed, or none is left.
+        InputError: Columns are missing, the data cannot be read, or no row is left.
     """
     chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
     if (chat or options.system is not None) and not tokenizer.chat_template:
@@ -201,7 +172,7 @@ def prepare(
     if options.limit is not None and options.limit < 1:
         raise InputError(f"limit is {options.limit}; expected at least 1.")
     instruction = GRPO_INSTRUCTION if options.instruction is None else options.instruction
-    shape = Shape(method, tokenizer, chat, options.system, instruction)
+    shape = Shape(method, tokenizer, chat, options.system, instruction, vocabulary)
     trained = _shaped(shape, data, options.columns or {}, options.limit, max_length)
     rows, validation, notes = trained.rows, None, trained.notes
     if isinstance(options.validation, (int, float)):
@@ -248,54 +219,55 @@ class _Shaped:
 def _shaped(shape: Shape, data: Any, named: Mapping[str, str], limit: int | None, max_length: int | None) -> _Shaped:
     from datasets import Dataset
 
-    source, rows = _rows_of(data)
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    columns = Columns.find(shape.method, rows.column_names, named, source).by_role
-    empty: list[int] = []
-    long: list[int] = []
+    source = source_of(data)
+    columns = Columns.find(shape.method, source.columns, named, source.name).by_role
+    empty: list[str] = []
+    long: list[str] = []
+    malformed = Rejected(source.name)
     kept: list[Row] = []
-    for number, row in enumerate(rows.select_columns(list(dict.fromkeys(columns.values())))):
+    total = 0
+    for place, value in islice(source.rows(tuple(columns.values())), limit):
+        total += 1
         try:
-            shaped = shape.row(row, columns)
-        except ValueError as error:
-            raise InputError(f"Row {number} of {source} (counted from 0) is malformed: {error}.") from error
+            shaped = shape.row(_row(value()), columns)
+            n_tokens = 0 if shaped is None or max_length is None else shape.n_tokens(shaped)
+        except MelayerError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of a template, a tokenizer, a checker: it costs this row alone
+            malformed.add(f"{place}: {error if isinstance(error, (ValueError, BadRowError)) else reason(error)}")
+            continue
         if shaped is None:
-            empty.append(number)
-        elif max_length is not None and shape.n_tokens(shaped) > max_length:
-            long.append(number)
+            empty.append(place)
+        elif max_length is not None and n_tokens > max_length:
+            long.append(place)
         else:
             kept.append(shaped)
     no_use = "are empty, or have no answer that can be checked," if shape.method == "grpo" else "have an empty part"
     said = [
-        _left_out(empty, len(rows), no_use),
-        _left_out(long, len(rows), f"have more than max_length = {max_length} tokens"),
+        malformed.note,
+        _left_out(empty, total, no_use),
+        _left_out(long, total, f"have more than max_length = {max_length} tokens"),
+        shape.bos_note,
     ]
     notes = [note for note in said if note]
     if not kept:
-        raise InputError(f"No row of {source} is left to train on. {' '.join(notes)}")
-    return _Shaped(Dataset.from_list(kept), source, columns, notes, {"empty": len(empty), "too_long": len(long)})
+        raise InputError(f"No row of {source.name} is left to train on. {' '.join(notes)}")
+    left_out = {"empty": len(empty), "too_long": len(long)}
+    left_out |= {"malformed": malformed.count} if malformed.count else {}
+    with border(f"The rows of {source.name} do not make one table", "Give each part the same type in all rows."):
+        return _Shaped(Dataset.from_list(kept), source.name, columns, notes, left_out)
 
 
-def _rows_of(data: Any) -> tuple[str, Dataset]:
-    """What to call the data, and their rows."""
-    from datasets import Dataset
-
-    if isinstance(data, (str, Path)):
-        source, rows = str(data), read(str(data))
-    elif isinstance(data, Dataset):
-        source, rows = "the data", data
-    else:
-        source, rows = "the data", Dataset.from_list([dict(row) for row in data])
-    if not len(rows):
-        raise InputError(f"{source} has no row. Give at least one.")
-    return source, rows
+def _row(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BadRowError(f"{kind_of(value)} and no object with columns")
+    return value
 
 
-def _left_out(places: list[int], of: int, why: str) -> str:
+def _left_out(places: list[str], of: int, why: str) -> str:
     if not places:
         return ""
-    return f"{len(places)} of {of} rows {why} (the first is row {places[0]}, counted from 0) and are left out."
+    return f"{len(places)} of {of} rows {why} (the first is {places[0]}) and are left out."
 
 
 def _digest(parts: Sequence[Any]) -> str:

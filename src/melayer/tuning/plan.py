@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from melayer.errors import InputError, MelayerWarning
+from melayer.errors import InputError, MelayerWarning, border, reason
 from melayer.interventions.mask import WeMask
+from melayer.model.forward import embedding_weight
 from melayer.model.subject import Subject
 from melayer.tuning import config as training_config
 from melayer.tuning import data as training_data
@@ -68,6 +69,7 @@ def planned(subject: Subject, data: Any, job: TrainingJob, row_options: RowOptio
     )
     if job.method == "grpo" and config.reward_weights is None and job.rewards is None:
         config.reward_weights = list(REWARD_WEIGHTS)
+    _check_template(getattr(config, "chat_template_path", None))
     prepared = training_data.prepare(
         job.method,
         data,
@@ -75,6 +77,7 @@ def planned(subject: Subject, data: Any, job: TrainingJob, row_options: RowOptio
         row_options,
         max_length=_longest(config, subject.decoder.max_positions),
         seed=job.seed,
+        vocabulary=embedding_weight(subject.model).shape[0],
     )
     for note in prepared.notes:
         warnings.warn(note, MelayerWarning, stacklevel=5)
@@ -97,6 +100,16 @@ def planned(subject: Subject, data: Any, job: TrainingJob, row_options: RowOptio
     }
     notes = (*prepared.notes, *_choices(job, masked=mask is not None, adapted=adapter is not None, reference=reference))
     return Plan(job, subject, mask, config, prepared, adapter, reference, settings, notes)
+
+
+def _check_template(source: str | None) -> None:
+    """TRL takes a template from a tokenizer, and would ask at the terminal whether to run the code that one brings."""
+    if source is None or source.endswith((".jinja", ".j2")):
+        return
+    from transformers import AutoTokenizer
+
+    with border(f"chat_template_path {source!r} gives no template", "Name a .jinja file, or a tokenizer without code."):
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _longest(config: Any, max_positions: int | None) -> int | None:
@@ -129,8 +142,10 @@ def _adapter(lora: bool | Mapping[str, Any] | LoraConfig) -> LoraConfig | None:
         return copy.deepcopy(lora)
     try:
         return LoraConfig(**{**_LORA, **({} if lora is True else lora)})
-    except (TypeError, ValueError) as error:
-        raise InputError(f"peft refuses the LoRA options: {error}. See the fields of peft.LoraConfig.") from error
+    except Exception as error:
+        raise InputError(
+            f"peft refuses the LoRA options: {reason(error)}. See the fields of peft.LoraConfig."
+        ) from error
 
 
 def _choices(job: TrainingJob, *, masked: bool, adapted: bool, reference: Reference | None) -> list[str]:

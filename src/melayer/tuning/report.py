@@ -10,6 +10,7 @@ from melayer.presentation.figures import BLUE, VERMILLION, axis, hover, label, s
 from melayer.presentation.numbers import number, rounded
 from melayer.presentation.page import Page, Written, versions_fact, write_page
 from melayer.presentation.sections import Plot, Section, Table
+from melayer.tuning import cut_off
 from melayer.tuning.run_directory import plain
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ CURVES: dict[str, tuple[str, str]] = {
     "rewards/answer_format/mean": ("Share of answers in the format asked for", "Of the completions of a step."),
     "kl": ("KL to the reference", "Estimated on the completions of a step; 0 where the policy is the reference."),
     "completions/mean_length": ("Tokens of a completion", "Mean over the completions of a step."),
+    cut_off.KEY: (
+        "Share of completions cut off",
+        "Of a step: those that were not allowed to be longer (max_completion_length). Rewards judge what came before.",
+    ),
     "rewards/margins": ("Margin", "How much more the chosen answer gained on the rejected one, times beta."),
     "rewards/accuracies": ("Share of pairs in order", "Of the pairs, those whose chosen answer gained more."),
     "mean_token_accuracy": ("Share of tokens predicted", "Of the tokens that count in the loss."),

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from melayer.data.documents import require_characters
+from melayer.data.entries import BadRowError
+from melayer.data.tokens import Affixes
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +17,7 @@ Method = Literal["sft", "dpo", "grpo"]
 Row = dict[str, Any]
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_MAX_GOLD = 1000  # characters of an answer that can be checked
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -25,18 +30,59 @@ class Shape:
     chat: bool
     system: str | None
     instruction: str
+    vocabulary: int | None = None
+    """How many tokens the model has; None: any."""
     notes: list[str] = field(default_factory=list)
     _marked: bool | None = None
+    _affixes: Affixes | None = None
+    _n_bos: int = 0
 
-    def row(self, row: Row, columns: Mapping[str, str]) -> Row | None:
+    def row(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> Row | None:
         """The row for the trainer; None where a part of it is empty.
 
         Raises:
             ValueError: It is malformed; the message says how.
         """
-        parts = {role: row[column] for role, column in columns.items()}
+        parts = {role: row.get(column) for role, column in columns.items()}
         if any(_empty(value) for value in parts.values()):
             return None
+        shaped = self._shaped(parts)
+        if shaped is None:
+            return None
+        _require_characters(shaped)
+        return {
+            name: self._begun_once(value) if name in ("text", "prompt") and isinstance(value, str) else value
+            for name, value in shaped.items()
+        }
+
+    @property
+    def bos_note(self) -> str:
+        """What is said where rows begin with what the tokenizer puts in front of them; empty where none does."""
+        if not self._n_bos:
+            return ""
+        return (
+            f"{self._n_bos} rows bring the begin-of-sequence token themselves, as a chat template writes it: the "
+            "trainer does not get it twice."
+        )
+
+    def _begun_once(self, text: str) -> str:
+        """A text without the beginning that the tokenizer puts in front of it anyway."""
+        if self._affixes is None:
+            self._affixes = Affixes.of(self.tokenizer)
+        front = list(self._affixes.front)
+        beginning = "".join(map(str, self.tokenizer.convert_ids_to_tokens(front))) if front else ""
+        if not beginning or not text.startswith(beginning):
+            return text
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not self._affixes.brought(ids):
+            return text
+        self._n_bos += 1
+        rest = text[len(beginning) :]
+        # Some tokenizers put a space in front, too.
+        spaced = rest.removeprefix(" ")
+        return spaced if list(self.tokenizer(spaced)["input_ids"])[: len(ids)] == ids else rest
+
+    def _shaped(self, parts: dict[str, Any]) -> Row | None:
         if self.method == "sft":
             if "messages" in parts:
                 return self._chat_row(_messages(parts["messages"]))
@@ -48,6 +94,8 @@ class Shape:
         gold = str(parts["answer"])
         # GSM8K's solutions end in their answer.
         gold = gold.rpartition("####")[2].strip() if "####" in gold else gold.strip()
+        if len(gold) > _MAX_GOLD:
+            raise ValueError(f"its answer has {len(gold):,} characters; expected at most {_MAX_GOLD:,}")
         from melayer.tuning.rewards import is_gold
 
         if not is_gold(gold):
@@ -142,7 +190,7 @@ class Shape:
     def n_tokens(self, row: Row) -> int:
         """Tokens of the row's longest text, prompt included."""
         if "text" in row:
-            return len(self.tokenizer(row["text"])["input_ids"]) + 1
+            return self._length(row["text"])
         if "messages" in row:
             return self._length(row["messages"])
         ends = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
@@ -150,11 +198,32 @@ class Shape:
 
     def _length(self, value: Any) -> int:
         if isinstance(value, str):
-            return len(self.tokenizer(value)["input_ids"]) + 1  # the end of text
+            return self._known(self.tokenizer(value)["input_ids"]) + 1  # the end of text
         text = self.tokenizer.apply_chat_template(
             value, tokenize=False, add_generation_prompt=value[-1]["role"] != "assistant"
         )
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _known(self, ids: list[int]) -> int:
+        """How many tokens these are, all of which the model has."""
+        if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:
+            raise ValueError(f"it has the token {max(ids)}, and the model has tokens 0 to {self.vocabulary - 1}")
+        return len(ids)
+
+
+def _require_characters(value: Any) -> None:
+    """Raises ValueError where a text in a row cannot be written as UTF-8."""
+    if isinstance(value, str):
+        try:
+            require_characters(value, "it")
+        except BadRowError as error:
+            raise ValueError(str(error)) from error
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _require_characters(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _require_characters(item)
 
 
 def _empty(value: Any) -> bool:
@@ -181,8 +250,8 @@ def _messages(value: Any) -> list[Row]:
             raise ValueError(f"a message is a {type(turn).__name__}; expected an object with role and content")
         role = turn.get("role") or turn.get("from")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        if role not in _ROLES or not isinstance(content, str):
-            raise ValueError(f"a message has role {role!r} and content of type {type(content).__name__}")
+        if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str):
+            raise ValueError(f"a message has role {str(role)[:40]!r} and content of type {type(content).__name__}")
         turns.append({"role": _ROLES[role], "content": content})
     return turns
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +110,31 @@ def begin(out: Path, settings: TuneSettings, checkpoint: Checkpoint | None, *, r
     kept = [line for line in read_log(out) if line["step"] <= step and checkpoint is not None]
     with jsonl.keeping("log", out / LOG):
         jsonl.replace(out / LOG, kept, own=True)
+
+
+@contextmanager
+def kept_if_anything_is(out: Path) -> Iterator[None]:
+    """Directories that were made for a run go away again where it fails and has left nothing in them."""
+    missing = [path for path in (out, *out.parents) if not os.path.lexists(path)]
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # there is something in it
+                path.rmdir()
+        raise
+
+
+def take_back(out: Path, *, log: bool) -> None:
+    """Forgets a run that has learnt nothing, so that the same directory takes the next one.
+
+    Args:
+        out: Its directory.
+        log: Whether the log is its own, and not one that was there before.
+    """
+    shutil.rmtree(out / checkpoints.STAGING, ignore_errors=True)
+    for name in (FILE, *([LOG] if log else [])):
+        (out / name).unlink(missing_ok=True)
 
 
 def _recorded(path: Path) -> _Record | None:

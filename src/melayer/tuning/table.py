@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from melayer.presentation.tables import number, print_answer, print_text, table
+from melayer.tuning import cut_off
 from melayer.tuning.report import CURVES, some, training_steps
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ _COLUMNS = {
     "loss": "loss",
     "reward": "reward",
     "rewards/correctness/mean": "right",
+    cut_off.KEY: "cut off",
     "kl": "KL",
     "rewards/margins": "margin",
     "rewards/accuracies": "in order",

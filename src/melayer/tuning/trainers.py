@@ -13,7 +13,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
-from melayer.errors import TrainingError
+from melayer.errors import TrainingError, border
+from melayer.interventions import card
 from melayer.interventions.mask import WeMask
 from melayer.loading import adapters
 from melayer.model.provenance import fingerprint
@@ -160,6 +161,7 @@ class _ResumableMixin(OpenTrainer):
             trainer.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
         trainer.state.save_to_json(str(staged / "trainer_state.json"))
         adapters.name_base(staged, self.run_context.model)
+        (staged / card.CARD).unlink(missing_ok=True)  # PEFT's: ours says what loads it
         if self.run_context.mask is not None:
             saved_mask(self.run_context.mask, trainer.model, sharded=is_sharded(trainer)).save(staged)
 
@@ -167,7 +169,10 @@ class _ResumableMixin(OpenTrainer):
         """Puts back what the checkpoint that the run goes on from holds of the trainer itself."""
         if self.resumed_from is not None:
             path = self.resumed_from / self._counters_file
-            self.set_counters(torch.load(path, weights_only=True, map_location="cpu"))
+            # The next figures depend on it, and the trainer would go on without a word.
+            todo = f"Remove {self.resumed_from} to go on from the checkpoint before it."
+            with border(f"{path} cannot be read", todo):
+                self.set_counters(torch.load(path, weights_only=True, map_location="cpu"))
 
     @property
     def _counters_file(self) -> str:

@@ -121,6 +121,7 @@ class OpenTrainer:
     def set_counters(self, state: dict[str, Any]) -> None:
         """Puts back what `counters` gave, once the trainer has set its own to zero."""
         trainer: Any = self
+        _check_counters(state, rollouts=isinstance(self, GRPOTrainer))
         device = trainer.args.device
         trainer._tr_loss = state["loss"].to(device)
         trainer._globalstep_last_logged = state["last_logged"]
@@ -174,6 +175,28 @@ def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
         return get_training_chat_template(tokenizer) is not None
     except ValueError:  # it has none for this template
         return False
+
+
+def _check_counters(state: Any, *, rollouts: bool) -> None:
+    """Raises ValueError unless it is of the form that `counters` gives, whole."""
+    expected = {"loss", "last_logged", "metrics", "tokens"} | ({"step", "rollouts"} if rollouts else set())
+    if not isinstance(state, dict) or state.keys() != expected:
+        raise ValueError(f"it does not hold {', '.join(sorted(expected))}")
+    loss = state["loss"]
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError("its loss is no number")
+    for name in ("last_logged", "tokens", *(["step"] if rollouts else [])):
+        number = state[name]
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 2**63:
+            raise ValueError(f"its {name} is no count")
+    metrics = state["metrics"]
+    if not isinstance(metrics, dict) or not all(
+        isinstance(key, str) and isinstance(values, list) for key, values in metrics.items()
+    ):
+        raise ValueError("its metrics are no lists by name")
+    kept = state.get("rollouts")
+    if kept is not None and not (isinstance(kept, list) and all(isinstance(part, dict) for part in kept)):
+        raise ValueError("its completions are no list of batches")
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -50,7 +50,8 @@ def test_every_part_is_there(parts):
         ),
         (
             "explain-counterfactuals-1",
-            "Least is left in no_top_2: 1.0 of -4,000.0 (-0.0%); with a flat gamma before the FFN 97.5% is left.",
+            "The block makes -2.0 into -4,000.0. Of what the block adds least is left in no_top_2 (-0.1%, value 1.0); "
+            "with a flat gamma before the FFN 97.5% is left.",
         ),
         ("Block 1: the causes in each text", "The texts differ: ffn, joint."),
     ],
@@ -100,7 +101,9 @@ def test_the_whiskers_reach_what_the_seeds_left(sign):
     ends = sorted([sign * low, sign * high])
     (layer,) = hand_made.explained().layers
     rows = (dataclasses.replace(layer.counterfactuals[1], value=sign * 2000.0, lowest=ends[0], highest=ends[1]),)
-    plot = checked(section(with_layer(value=sign * value, counterfactuals=rows)))["explain-counterfactuals-1"]
+    plot = checked(section(with_layer(value=sign * value, value_in=0.0, counterfactuals=rows)))[
+        "explain-counterfactuals-1"
+    ]
     (bars,) = plot.figure["data"]
     assert bars["x"] == [50.0]
     assert bars["x"][0] + bars["error_x"]["array"][0] == pytest.approx(75.0)
@@ -110,9 +113,9 @@ def test_the_whiskers_reach_what_the_seeds_left(sign):
 def test_the_counterfactuals(parts):
     (bars,) = parts["explain-counterfactuals-1"].figure["data"]
     assert bars["y"] == ["gamma_flat_1.0", "gamma_permuted", "no_top_2"]
-    assert bars["x"] == [97.5, 50.0, -0.025]
+    assert bars["x"] == [97.499, 49.975, -0.075038]  # of what the block adds to -2
     assert bars["customdata"] == [-3900.0, -2000.0, 1.0]
-    assert bars["error_x"]["array"] == [0.0, 25.0, 0.0]
+    assert bars["error_x"]["array"] == [0.0, 25.01, 0.0]
     (whole,) = parts["explain-counterfactuals-1"].figure["layout"]["shapes"]
     assert (whole["x0"], whole["line"]["color"]) == (100, ORANGE)
 
@@ -140,3 +143,17 @@ def test_a_block_without_an_ffn_has_what_there_is():
         "Block 1: the causes in each text",
         "Block 1: log10 of the norms' ratios, both branches",
     ]
+
+
+def test_where_it_is_passed_on_what_is_left_is_of_the_value():
+    (layer,) = hand_made.explained().layers
+    causes = dataclasses.replace(layer.causes, attribution="passed on")
+    parts = checked(section(with_layer(value_in=-3990.0, causes=causes)))
+    plot = parts["explain-counterfactuals-1"]
+    assert plot.figure["data"][0]["x"] == [97.5, 50.0, -0.025]
+    assert plot.title == "Block 1: what is left of the value without a part"
+
+
+def test_where_nothing_can_be_divided_by_there_is_no_picture():
+    parts = checked(section(with_layer(value=0.0, value_in=0.0)))
+    assert "explain-counterfactuals-1" not in parts

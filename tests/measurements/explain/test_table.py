@@ -7,9 +7,9 @@ from melayer.measurements.explain.table import show_explain
 from rendering import printed
 
 EXPECTED = """
-Block 1: the FFN alone creates it (token 0 “[red]<b>:x:</b>[/]”, dimension 5, -4,000); without
-RMSNorm's gamma (flat) 97.5%, without the top two neurons -0.0% of the value remains; of the FFN's
-write: FFN alone 97.5%, RMSNorm's gamma 0.0%, jointly 2.5%.
+Block 1: the FFN alone creates it (token 0 “[red]<b>:x:</b>[/]”, dimension 5, -2 to -4,000); of what
+the block adds, without RMSNorm's gamma (flat) 97.5%, without the top two neurons -0.1% remains; of
+the FFN's write: FFN alone 97.5%, RMSNorm's gamma alone 0.0%, jointly 2.5%.
 A note.
 Block 1: Its gamma is [red]<b>:x:</b>[/].
 
@@ -26,11 +26,12 @@ neuron expert share contribution
     17      2 75.0%     -3,028.5
      3 shared 20.0%       -807.6
 
-Block 1: the value -4,000.0 without a part
-counterfactual    value  left   lowest  highest
-gamma_flat_1.0 -3,900.0 97.5%        -        -
-gamma_permuted -2,000.0 50.0% -3,000.0 -1,500.0
-no_top_2            1.0  0.0%        -        -
+Block 1: -2.0 to -4,000.0, and what is left of what it adds
+without a part
+counterfactual    value  left of the value   lowest  highest
+gamma_flat_1.0 -3,900.0 97.5%        97.5%        -        -
+gamma_permuted -2,000.0 50.0%        50.0% -3,000.0 -1,500.0
+no_top_2            1.0 -0.1%         0.0%        -        -
 
 Block 1: the causes in each text
 text token    value FFN alone gamma post-gamma jointly cause

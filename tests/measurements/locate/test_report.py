@@ -1,14 +1,15 @@
 """The section on where the massive activation is."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 import hand_made
 from hand_made import HOSTILE
+from melayer.measurements.locate.figures import MassiveDim, MassiveScalar
 from melayer.measurements.locate.report import section
-from melayer.measurements.locate.result import MassiveScalar
 from melayer.presentation.figures import ORANGE, label
 from rendering import checked
 
@@ -23,7 +24,7 @@ def test_every_part_is_there(parts):
     assert (made.key, made.title, made.answer) == ("locate", "Where it is", hand_made.located().sentence)
     assert list(parts) == [
         "magnitudes", "shares", "tokens", "surface", "Stages", "Massive scalars at the ME layer",
-        "Massive scalars at every block.", "Texts", "Every block",
+        "Massive scalars at every block", "Texts", "Every block",
     ]  # fmt: skip
 
 
@@ -41,14 +42,14 @@ def test_every_part_is_there(parts):
         ),
         (
             "tokens",
-            f"In text 0 token 0 (“{HOSTILE}”) holds the largest value, 4,100 at block 2, 2,050 times the largest other "
-            "token.",
+            f"In text 0, of its first 2 tokens, token 0 (“{HOSTILE}”) holds the largest value, 4,100 at block 2, 2,050 "
+            "times the largest other token.",
         ),
         (
             "surface",
             f"At its peak, after block 2, dimension 5 of token 0 (“{HOSTILE}”) alone holds 100.0% of its squared norm.",
         ),
-        ("Stages", "Emergence: single."),
+        ("Stages", "Emergence: single; this one block creates it."),
         (
             "Massive scalars at the ME layer",
             "2 scalars meet the criterion over all texts and blocks, in 1 dimension (5).",
@@ -110,20 +111,56 @@ def test_the_tables(parts):
         ["erases", 3, "-98.0%", "0.0%", "-98.0%", "30", "60"],
     ]
     assert parts["Massive scalars at the ME layer"].rows == [[1, 0, 0, HOSTILE, 5, "-4,000.0"]]
-    assert len(parts["Massive scalars at every block."].rows) == 2
+    assert len(parts["Massive scalars at every block"].rows) == 2
     assert parts["Texts"].rows[1] == [1, "two", 3, "two", "too short", "no", "—", "—"]
     assert [row[1] for row in parts["Every block"].rows] == ["2.0", "4,000.0", "4,100.5", "30.0"]
 
 
+def many(n: int, at: int, dims: int) -> dict:
+    """`n` scalars of `dims` dimensions at one block, of which all are listed."""
+    result = hand_made.located()
+    blocks = tuple(dataclasses.replace(row, n_massive=n if row.layer == at else 0) for row in result.blocks)
+    return {
+        "massive": tuple(MassiveScalar(at, 0, place, "w", place % dims, 200.0) for place in range(n)),
+        "massive_dims": tuple(MassiveDim(at, dim, n // dims, 200.0) for dim in range(dims)),
+        "blocks": blocks,
+    }
+
+
 def test_long_lists_are_cut_and_say_so():
-    massive = tuple(MassiveScalar(2, 0, place, "w", place % 10, 200.0) for place in range(500))
-    parts = checked(section(dataclasses.replace(hand_made.located(), massive=massive)))
-    table = parts["Massive scalars"]  # none of them at the ME layer
+    parts = checked(section(dataclasses.replace(hand_made.located(me_layer=None), **many(500, 2, 10))))
+    table = parts["Massive scalars, 400 of 500"]
     assert len(table.rows) == 400
     assert "in 10 dimensions (0, 1, 2, 3, 4, 5, 6, 7…)." in table.takeaway
-    at_me = (*massive, MassiveScalar(1, 0, 0, "w", 5, 200.0))
-    parts = checked(section(dataclasses.replace(hand_made.located(), massive=at_me)))
-    assert "Massive scalars at every block. The first 400 of 501 listed." in parts
+    parts = checked(section(dataclasses.replace(hand_made.located(), **many(500, 1, 10))))
+    assert "Massive scalars at the ME layer, 400 of 500" in parts
+    assert "Massive scalars at every block, 400 of 500" in parts
+
+
+def test_a_list_that_locate_cut_says_so_too():
+    given = many(97, 1, 3)
+    given["massive"] = given["massive"][:76]
+    parts = checked(section(dataclasses.replace(hand_made.located(), **given)))
+    table = parts["Massive scalars at the ME layer, 76 of 97"]
+    assert len(table.rows) == 76
+    assert table.takeaway == "97 scalars meet the criterion over all texts and blocks, in 3 dimensions (0, 1, 2)."
+
+
+def test_what_is_not_finite_is_no_number_on_the_page():
+    result = hand_made.located()
+    states, token_max = result.trace.states.copy(), result.trace.token_max.copy()
+    states[3], token_max[3] = np.inf, np.inf
+    states[2, 1], token_max[2, 1] = np.nan, np.nan
+    blocks = tuple(
+        dataclasses.replace(row, max_abs=None, median_abs=None, ratio=None, top_norm=None) for row in result.blocks
+    )
+    trace = dataclasses.replace(result.trace, states=states, token_max=token_max)
+    parts = checked(section(dataclasses.replace(result, trace=trace, blocks=blocks)))
+    for part in parts.values():
+        words = " ".join([part.title, part.takeaway, str(getattr(part, "rows", ""))])
+        assert not re.search(r"\b(nan|inf|None)\b|\d{13}", words), words
+    everywhere = dataclasses.replace(trace, states=states * np.nan, token_max=token_max * np.nan)
+    checked(section(dataclasses.replace(result, trace=everywhere, blocks=blocks)))
 
 
 def test_nothing_massive():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import hand_made
-from melayer.measurements.locate.result import MassiveScalar
+from melayer.measurements.locate.figures import MassiveScalar
 from melayer.measurements.locate.table import show_locate
 from rendering import printed
 
@@ -24,7 +24,7 @@ block max |h| ratio token                    dim massive texts  share
 Emergence: single
 block         share attention    FFN
     1 adds   +96.0%     -1.0% +97.0%
-    3 erases -98.0%     +0.0% -98.0%
+    3 erases -98.0%      0.0% -98.0%
 
 Massive scalars at block 1
 block text token                    dim    value
@@ -80,7 +80,10 @@ def test_what_is_not_finite_is_said():
 
 def test_of_many_scalars_the_first_are_listed():
     massive = tuple(MassiveScalar(1, 0, place, "w", 5, 200.0 + place) for place in range(20))
-    text = printed(show_locate, dataclasses.replace(hand_made.located(), massive=massive))
-    assert "Massive scalars at block 1, 12 of 20" in " ".join(text.split())
+    blocks = tuple(
+        dataclasses.replace(row, n_massive=97 if row.layer == 1 else 0) for row in hand_made.located().blocks
+    )
+    text = printed(show_locate, dataclasses.replace(hand_made.located(), massive=massive, blocks=blocks))
+    assert "Massive scalars at block 1, 12 of 97" in " ".join(text.split())
     assert text.count("211.0") == 1
     assert "212.0" not in text

@@ -29,6 +29,17 @@ def test_what_is_printed():
     assert printed(show_answers, hand_made.answered(), width=60) == EXPECTED.strip("\n")
 
 
+def test_what_is_cut_off_is_said():
+    result = hand_made.answered()
+    first, second = result.answers
+    cut = dataclasses.replace(second, plain_cut=True, masked_cut=True)
+    settings = {**result.settings, "max_new_tokens": 7}
+    text = printed(show_answers, dataclasses.replace(result, answers=(first, cut), settings=settings), width=200)
+    assert "They differ from generated token 1 on (0-based). Cut off at 7 tokens: plain and masked." in text
+    assert "At 7 tokens 1 plain and 1 masked answers were cut off; raise --max-new-tokens" in text
+    assert "The answers are the same.\n" in text
+
+
 def test_a_mask_of_all_blocks():
     result = dataclasses.replace(hand_made.answered(), mask=WeMask(rate=1.0, me_layer=1, selector="random"))
     text = " ".join(printed(show_answers, result).split())

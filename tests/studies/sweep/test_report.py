@@ -38,8 +38,8 @@ def test_every_part_is_there(parts):
     [
         (
             "sweep-perplexity",
-            "It is 10.00 without a mask, lowest with random 0.5 (10.00, +0.0%) and highest with weight 1 (1,234.50, "
-            "+12245.0%).",
+            "It is 10.00 without a mask, lowest with random 0.5 (10.00, 0.0%) and highest with weight 1 (1,234.50, "
+            "+12245.0%, 95 % interval +10091.2% to +14854.0%).",
         ),
         (
             "sweep-sinks",
@@ -99,9 +99,20 @@ def test_one_menu_entry_a_mask(parts):
 
 
 def test_the_figures(parts):
-    assert parts[TABLE].rows[0] == ["plain", "10.00", "—", "40.0%", "80.0%", "0.9999", "1.5", "5.5", "—", "—"]
-    assert parts[TABLE].rows[2][:3] == ["weight 1", "1,234.50", "+12245.0%"]
-    assert parts[TABLE].rows[2][5] == "—"
+    plain, weight, most, same = parts[TABLE].rows
+    assert plain[:7] == ["plain", "10.00", "9.00 to 11.25", "—", "—", "—", "—"]
+    assert plain[7:] == ["40.0%", "80.0%", "0.9999", "1.5", "5.5", "—", "—"]
+    assert weight[3:7] == ["+2.5%", "-8.1% to +14.4%", "+0.0247", "-0.0849 to +0.1343"]
+    assert (most[0], most[1], most[3], most[9]) == ("weight 1", "1,234.50", "+12245.0%", "—")
+    assert same[3:7] == ["+0.0%", "—", "+0.0000", "—"]  # no sequence differs: there is no spread
+
+
+def test_bars_are_the_intervals_around_the_plain_model(parts):
+    weight, random, plain = parts["sweep-perplexity"].figure["data"]
+    assert weight["error_y"]["array"] == [0.0, pytest.approx(10 * 1.1437 - 10.25, abs=1e-2), pytest.approx(260.9)]
+    assert weight["error_y"]["arrayminus"] == [0.0, pytest.approx(10.25 - 10 * 0.9186, abs=1e-2), pytest.approx(215.38)]
+    assert "error_y" not in random
+    assert "error_y" not in plain
 
 
 def test_the_plain_model_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -94,12 +95,20 @@ class BlockOnText:
 
 def record_blocks(decoder: Decoder, row: Row, layers: Sequence[int]) -> list[BlockAlone]:
     """The blocks with what the model calls them with on one row, to be run again alone."""
-    called: dict[int, Called] = {}
+    called: dict[int, tuple[Called, object]] = {}
+
+    def record(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called[layer] = ((args, kwargs), hooks.at_hand())
+
     ids = torch.tensor([row.ids])
     modules = [(layer, decoder.blocks[layer].module) for layer in layers]
-    with hooks.record_arguments(modules, lambda layer, args, kwargs: called.update({layer: (args, kwargs)})):
+    with hooks.record_arguments(modules, record):
         forward(decoder.model, Batch((row,), ids, torch.ones_like(ids)))
-    return [BlockAlone(decoder.model, decoder.blocks[layer], *called[layer]) for layer in layers]
+    return [
+        BlockAlone(decoder.model, decoder.blocks[layer], *of, part_of)
+        for layer in layers
+        for of, part_of in [called[layer]]
+    ]
 
 
 def _points(block: Block) -> dict[str, Point]:

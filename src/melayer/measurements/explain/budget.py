@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from melayer.measurements.explain.block_on_text import BlockOnText
-from melayer.measurements.explain.result import BudgetStep
+from melayer.measurements.explain.figures import BudgetStep
 from melayer.model.decoder import Norm
 
 

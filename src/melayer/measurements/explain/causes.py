@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from melayer.measurements.criterion import STAGE_SHARE
 from melayer.measurements.explain.block_on_text import BlockOnText
-from melayer.measurements.explain.result import Attribution, Causes
+from melayer.measurements.explain.figures import Attribution, Causes
 from melayer.model.isolated_block import Edit
 from melayer.numerics.finite import ratio
 
 MAJORITY = 0.5
-"""A cause is named alone when it alone keeps at least this share of the write, or of what the block adds."""
+"""A cause is named when it alone keeps at least this share of the write, or of what the block adds."""
 
 
 @dataclass(frozen=True)

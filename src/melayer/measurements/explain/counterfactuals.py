@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from melayer.measurements.explain.block_on_text import BlockOnText
-from melayer.measurements.explain.result import Counterfactual
+from melayer.measurements.explain.figures import Counterfactual
 from melayer.model.hooks import Point
 from melayer.model.isolated_block import Edit, flat, permuted, zeroed
 from melayer.numerics.finite import ratio

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from melayer.data.rows import Row
+from melayer.data.rows import Row, bos_note
 from melayer.errors import InputError
 from melayer.measurements.criterion import STAGE_SHARE, Criterion
 from melayer.measurements.explain.block_on_text import BlockOnText, record_blocks
 from melayer.measurements.explain.budget import attn_budget, ffn_budget
 from melayer.measurements.explain.causes import MAJORITY, causes_of
 from melayer.measurements.explain.counterfactuals import counterfactuals, interaction
-from melayer.measurements.explain.result import ExplainResult, LayerExplanation, Neuron, TextCauses
+from melayer.measurements.explain.figures import Neuron, TextCauses
+from melayer.measurements.explain.result import ExplainResult, LayerExplanation
 from melayer.measurements.explain.write import directions, drivers, experts
 from melayer.measurements.locate.locate import locate_on
 from melayer.measurements.locate.result import LocateResult
@@ -22,6 +23,7 @@ from melayer.measurements.locate.reuse import options_of, require_located_on
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, criterion_settings, text_settings
 from melayer.model.decoder import Decoder
 from melayer.model.subject import Subject
+from melayer.presentation.numbers import number, share
 from melayer.runs.progress import Bar, Progress
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ def explain_on(  # noqa: PLR0913 - the options of the public function
     chosen = _chosen(located, rows, max_texts)
     report = _steps(bar.part(n_tokens), len(chosen) + len(wanted))
     by_layer, notes = _read(subject.decoder, located, chosen if wanted else (), wanted, report)
+    notes = [*filter(None, [bos_note(rows)]), *notes]
     explained = []
     for on_texts in by_layer.values():
         if on_texts:
@@ -154,8 +157,20 @@ def explain_on(  # noqa: PLR0913 - the options of the public function
         },
         me_layer=located.me_layer,
         layers=tuple(explained),
-        notes=tuple(notes),
+        notes=(*notes, *_notes_on_peak(located, wanted)),
     )
+
+
+def _notes_on_peak(located: LocateResult, wanted: Sequence[int]) -> Iterator[str]:
+    """That the ME layer's block, if it is explained, is not where the massive activation emerges."""
+    peak = located.peak
+    if peak is not None and located.me_layer in wanted and peak.me_share < STAGE_SHARE:
+        stages = [str(stage.layer) for stage in peak.shares if stage.share >= STAGE_SHARE]
+        where = f"; blocks that add 10% or more: {', '.join(stages)}" if stages else ""
+        yield (
+            f"Block {located.me_layer} is the ME layer by definition, but adds {share(peak.me_share)} of the peak "
+            f"(block {peak.layer}, dimension {peak.dim}, {number(peak.max_abs)}){where}."
+        )
 
 
 def _check_layers(layers: Sequence[int] | None, n_layers: int) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from melayer.data.rows import visible
-from melayer.measurements.explain.result import Counterfactual, ExplainResult, LayerExplanation
+from melayer.measurements.explain.figures import Counterfactual
+from melayer.measurements.explain.result import ExplainResult, LayerExplanation
+from melayer.numerics.finite import ratio
 from melayer.presentation import figures
 from melayer.presentation.figures import BLUE, GREY, ORANGE, axis, hover, stroke
 from melayer.presentation.numbers import number, rounded, share
 from melayer.presentation.sections import Plot, Section, Table
 
 TITLE = "Why it is there"
+
+_ENDS = (
+    "0% that the value stays what it was at the block's input; beyond 100% the part holds it down, below 0% the block "
+    "does the opposite without it. "
+)
 
 
 def section(result: ExplainResult) -> Section:
@@ -20,7 +29,10 @@ def section(result: ExplainResult) -> Section:
             parts.append(_budget(layer))
         if layer.neurons:
             parts.append(_neurons(layer))
-        parts += [_counterfactuals(layer), _causes(layer)]
+        shown = [row for row in layer.counterfactuals if _left(layer, row.value) is not None]
+        if shown:
+            parts.append(_counterfactuals(layer, shown))
+        parts.append(_causes(layer))
         if layer.drivers:
             parts += [_drivers(layer), _directions(layer)]
         if layer.experts:
@@ -66,7 +78,7 @@ def _budget(layer: LayerExplanation) -> Plot:
 def _neurons(layer: LayerExplanation) -> Plot:
     heaviest = layer.neurons[0]
     two = sum(neuron.share for neuron in layer.neurons[:2])
-    others = f", the top two {two:.1%}" if len(layer.neurons) > 1 else ""
+    others = f", the top two {share(two)}" if len(layer.neurons) > 1 else ""
     names = [f"{n.neuron}" if n.expert is None else f"{n.expert}/{n.neuron}" for n in layer.neurons]
     where = "" if heaviest.expert is None else f" of expert {heaviest.expert}"
     read = " Written as expert/neuron." if layer.experts else ""
@@ -76,8 +88,8 @@ def _neurons(layer: LayerExplanation) -> Plot:
     return Plot(
         f"explain-neurons-{layer.layer}",
         f"Block {layer.layer}: the neurons that write dimension {layer.d_star}",
-        f"Neuron {heaviest.neuron}{where} writes {heaviest.share:.1%} of what the FFN returns there{others}; all that "
-        f"are not shown write {layer.rest_share or 0:.1%}.",
+        f"Neuron {heaviest.neuron}{where} writes {share(heaviest.share)} of what the FFN returns there{others}; all "
+        f"that are not shown write {share(layer.rest_share or 0)}.",
         f"Share of the FFN's output in dimension {layer.d_star} (before a post-norm), for the {len(names)} heaviest "
         f"neurons; the sum over all neurons and the bias is exactly 100%.{read}",
         figures.figure(
@@ -89,33 +101,40 @@ def _neurons(layer: LayerExplanation) -> Plot:
     )
 
 
-def _counterfactuals(layer: LayerExplanation) -> Plot:
-    rows = [row for row in layer.counterfactuals if row.relative is not None]
-    least = min(rows, key=lambda row: abs(row.relative or 0.0))
-    gamma = layer.relative("gamma_flat_1.0")
-    flat = "" if gamma is None else f"; with a flat gamma before the FFN {gamma:.1%} is left"
-    spreads = [_spread(row, layer.value) for row in rows]
+def _left(layer: LayerExplanation, value: float) -> float | None:
+    """What is left where the value is another one: of what the block adds; where it passes it on, of the value."""
+    return ratio(value, layer.value) if layer.passes_on else layer.remaining_of(value)
+
+
+def _counterfactuals(layer: LayerExplanation, rows: Sequence[Counterfactual]) -> Plot:
+    left = {row.name: _left(layer, row.value) or 0.0 for row in rows}
+    least, gamma = min(rows, key=lambda row: abs(left[row.name])), left.get("gamma_flat_1.0")
+    does = "the value" if layer.passes_on else f"what the block {'takes away' if layer.erases else 'adds'}"
+    flat = "" if gamma is None else f"; with a flat gamma before the FFN {share(gamma)} is left"
     bars = figures.bar(
-        rounded([100 * (row.relative or 0.0) for row in rows], 5),
+        rounded([100 * left[row.name] for row in rows], 5),
         [row.name for row in rows],
         BLUE,
         template=hover("%{y}: %{x:.2f}%<br>value %{customdata:,.1f}"),
     )
     bars["orientation"] = "h"
     bars["customdata"] = rounded([row.value for row in rows], 6)
+    spreads = [_spread(layer, row) for row in rows]
     up, down = (rounded([spread[side] for spread in spreads], 4) for side in (0, 1))
     bars["error_x"] = figures.whiskers(up, down, color=GREY, thickness=1)
+    ends = "" if layer.passes_on else _ENDS
     return Plot(
         f"explain-counterfactuals-{layer.layer}",
-        f"Block {layer.layer}: what is left of the value without a part",
-        f"Least is left in {least.name}: {least.value:,.1f} of {layer.value:,.1f} ({least.relative or 0:.1%}){flat}.",
-        "The block runs again on the same input with one thing changed; 100% is the value as it is. gamma_flat_A: "
+        f"Block {layer.layer}: what is left of {does} without a part",
+        f"The block makes {number(layer.value_in, 1)} into {number(layer.value, 1)}. Of {does} least is left in "
+        f"{least.name} ({share(left[least.name])}, value {number(least.value, 1)}){flat}.",
+        f"The block runs again on the same input with one thing changed. 100% is {does} as it is. {ends}gamma_flat_A: "
         "gamma moved towards its mean by the share A; gamma_permuted: its entries in another order (mean, with the "
         "smallest and largest over the seeds); no_top_N: the N heaviest neurons removed; ordinary_neurons: no "
         "neuron's weights larger than the median.",
         figures.figure(
             [bars],
-            axis("left of the value (%)"),
+            axis(f"left of {does} (%)"),
             axis(autorange="reversed", automargin=True, type="category"),
             {"shapes": [figures.vertical(100, stroke(ORANGE))], "showlegend": False},
             figures.height(len(rows), 22, beside=110, least=280),
@@ -123,10 +142,11 @@ def _counterfactuals(layer: LayerExplanation) -> Plot:
     )
 
 
-def _spread(row: Counterfactual, value: float) -> tuple[float, float]:
-    """How far the seeds reach above and below what is left of the value in their mean, in percent of the value."""
-    ends = [100 * (row.value if end is None else end) / value for end in (row.lowest, row.highest)]
-    mean = 100 * row.value / value
+def _spread(layer: LayerExplanation, row: Counterfactual) -> tuple[float, float]:
+    """How far the seeds reach above and below what is left in their mean, in percent."""
+    values = [row.value if end is None else end for end in (row.lowest, row.highest)]
+    ends = [100 * (_left(layer, value) or 0.0) for value in values]
+    mean = 100 * (_left(layer, row.value) or 0.0)
     return max(ends) - mean, mean - min(ends)  # of a negative value the lowest is what leaves most
 
 

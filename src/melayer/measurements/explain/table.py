@@ -56,12 +56,21 @@ def _neurons(layer: LayerExplanation) -> Table:
 
 
 def _counterfactuals(layer: LayerExplanation) -> Table:
-    columns = [("counterfactual", False), ("value", True), ("left", True), ("lowest", True), ("highest", True)]
+    columns = [("counterfactual", False), ("value", True), ("left", True), ("of the value", True)]
+    columns += [("lowest", True), ("highest", True)]
     rows = [
-        [row.name, number(row.value, 1), share(row.relative), number(row.lowest, 1), number(row.highest, 1)]
+        [
+            row.name,
+            number(row.value, 1),
+            share(layer.remaining_of(row.value)),
+            share(row.relative),
+            number(row.lowest, 1),
+            number(row.highest, 1),
+        ]
         for row in layer.counterfactuals
     ]
-    return table(f"Block {layer.layer}: the value {layer.value:,.1f} without a part", columns, rows)
+    came = f"{number(layer.value_in, 1)} to {number(layer.value, 1)}"
+    return table(f"Block {layer.layer}: {came}, and what is left of what it adds without a part", columns, rows)
 
 
 def _texts(layer: LayerExplanation) -> Table:

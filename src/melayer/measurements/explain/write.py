@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from melayer.measurements.explain.block_on_text import BlockOnText
-from melayer.measurements.explain.result import Direction, Driver, ExpertUse
+from melayer.measurements.explain.figures import Direction, Driver, ExpertUse
 from melayer.numerics.finite import ratio
 
 _DRIVERS, _DIRECTIONS = 5, 5

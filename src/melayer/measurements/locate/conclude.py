@@ -8,24 +8,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from melayer.data.rows import Row
-from melayer.measurements.criterion import STAGE_SHARE, WHOLE_SHARE, Criterion, find_me_layer, voting
-from melayer.measurements.locate.result import (
+from melayer.data.rows import Row, bos_note
+from melayer.measurements.criterion import STAGE_SHARE, Criterion, find_me_layer, voting
+from melayer.measurements.locate.figures import (
     BlockRow,
     Emergence,
-    LocateResult,
+    MassiveDim,
     MassiveScalar,
     NonFinite,
+    Peak,
     SequenceRow,
-    Stage,
     Trace,
 )
+from melayer.measurements.locate.peak import classify, mean_shares, peak_of
+from melayer.measurements.locate.result import LocateResult
 from melayer.measurements.locate.trajectory import Follow, Growth, Targets, growth_of
+from melayer.measurements.locate.words import HALF
 from melayer.measurements.settings import LocateSettings
-from melayer.measurements.summaries import SequenceSummary, holding_of
+from melayer.measurements.summaries import MassiveDims, SequenceSummary, holding_of
 from melayer.model.provenance import ModelInfo
 from melayer.numerics.finite import finite
 from melayer.numerics.summary import MAP_TOKENS
+from melayer.presentation.numbers import share
 
 Summaries = Mapping[int, SequenceSummary]
 """By the row's index."""
@@ -36,6 +40,7 @@ _SHOWN_CHARACTERS = 80  # of a text, in the result
 def conclude(
     rows: Sequence[Row],
     summaries: Summaries,
+    dims: MassiveDims,
     criterion: Criterion,
     model: ModelInfo,
     settings: LocateSettings,
@@ -47,6 +52,7 @@ def conclude(
     Args:
         rows: The sequences that were run.
         summaries: Of each row, as far as the run went.
+        dims: The massive scalars of every dimension in these rows.
         criterion: Thresholds, persistence and majority.
         model: What the result says about the model.
         settings: What it says about how it came to be.
@@ -62,8 +68,9 @@ def conclude(
     trace, growths = _follow(follow, rows, summaries, targets, drawn=non_finite is None)
     growths = {sequence: growth for sequence, growth in growths.items() if sequence in voters}
     emergences = {sequence: classify(growth.shares[:, 0].tolist()) for sequence, growth in growths.items()}
-    shares = _mean_shares(list(growths.values()))
+    shares = mean_shares(list(growths.values()))
     peaks = [growth.peak_layer for growth in growths.values()]
+    peak = None if me_layer is None else peak_of(rows, summaries, targets, growths, me_layer, follow)
     return LocateResult(
         model=model,
         criterion=criterion,
@@ -77,7 +84,7 @@ def conclude(
         embedding_share=float(np.mean([growth.embedding_share for growth in growths.values()])) if growths else None,
         blocks=tuple(_block_row(layer, rows, summaries, holding[voters]) for layer in range(n_run)),
         embedding_max_abs=finite(max(abs(summary.values[0, 0]) for summary in summaries.values())),
-        massive=tuple(_massive(rows, summaries, holding, criterion)),
+        massive=tuple(_massive(rows, summaries, holding)),
         sequences=tuple(
             _sequence_row(
                 row,
@@ -85,29 +92,25 @@ def conclude(
                 holds=None if me_layer is None else bool(holding[row.index, me_layer]),
                 massive_token=targets[row.index][1] if row.index in targets else None,
                 emergence=emergences.get(row.index),
+                massive_tokens=_massive_tokens(summaries[row.index], holding[row.index], me_layer or 0),
             )
             for row in rows
         ),
         non_finite=non_finite,
-        notes=(*_notes(rows, voters, criterion, emergences.values()), *more_notes),
+        notes=(*_notes(rows, voters, criterion, emergences.values()), *_notes_on_peak(me_layer, peak), *more_notes),
         trace=trace,
+        massive_dims=tuple(_massive_dims(dims, n_run)),
+        least_threshold=None if me_layer is None else _least_threshold(summaries, holding, criterion, me_layer),
+        peak=peak,
     )
-
-
-def classify(shares: Sequence[float]) -> Emergence:
-    """`single`: one block adds 90 %; `staged`: two or three add 10 % each and 90 % together; else `gradual`."""
-    stages = [share for share in shares if share >= STAGE_SHARE]
-    if any(share >= WHOLE_SHARE for share in stages):
-        return "single"
-    if 2 <= len(stages) <= 3 and sum(stages) >= WHOLE_SHARE:
-        return "staged"
-    return "gradual"
 
 
 def _notes(
     rows: Sequence[Row], voters: Sequence[int], criterion: Criterion, emergences: Iterable[Emergence]
 ) -> Iterator[str]:
     """What the reader has to know of the texts."""
+    if said := bos_note(rows):
+        yield said
     if all(len(row) < criterion.min_tokens for row in rows):
         yield (
             f"The criterion is not meaningful here: every text has fewer than {criterion.min_tokens} tokens, and the "
@@ -124,6 +127,16 @@ def _notes(
     differing = sorted(set(emergences))
     if len(differing) > 1:
         yield f"The texts differ in how it emerges ({', '.join(differing)}); the shares are means over them."
+
+
+def _notes_on_peak(me_layer: int | None, peak: Peak | None) -> Iterator[str]:
+    """What goes by the ME layer goes by a block after which little of the peak stands."""
+    if peak is not None and peak.standing_share < HALF:
+        yield (
+            f"Of the peak {share(peak.standing_share)} stands at the output of block {me_layer}. What goes by the ME "
+            "layer (figures “after the ME layer”, the default blocks of a mask) begins there all the same, before most "
+            "of the growth; to mask other blocks, name them (--layers)."
+        )
 
 
 # --- the massive token of each sequence ------------------------------------------------------------------------------
@@ -176,16 +189,6 @@ def _follow(
     return trace, growths
 
 
-def _mean_shares(growths: Sequence[Growth]) -> tuple[Stage, ...]:
-    """The share of every block, mean over the sequences; empty where none was followed."""
-    if not growths:
-        return ()
-    mean = np.mean([growth.shares for growth in growths], axis=0)
-    return tuple(
-        Stage(layer, float(whole), finite(attn), finite(ffn)) for layer, (whole, attn, ffn) in enumerate(mean.tolist())
-    )
-
-
 # --- rows of the result ----------------------------------------------------------------------------------------------
 
 
@@ -218,24 +221,56 @@ def _block_row(layer: int, rows: Sequence[Row], summaries: Summaries, holding: N
     )
 
 
-def _massive(
-    rows: Sequence[Row], summaries: Summaries, holding: NDArray[np.bool_], criterion: Criterion
-) -> Iterator[MassiveScalar]:
-    """The scalars that meet the criterion, as many as the summaries kept."""
+def _massive(rows: Sequence[Row], summaries: Summaries, holding: NDArray[np.bool_]) -> Iterator[MassiveScalar]:
+    """The scalars that meet the criterion, as many as the summaries kept: a list to read, not to compute with."""
     for layer in range(holding.shape[1]):
         for row in rows:
             if not holding[row.index, layer]:
                 continue
-            summary = summaries[row.index]
-            at = layer + 1
-            threshold = criterion.threshold(float(summary.median_abs[at]))
-            for value, token, dim in zip(summary.values[at], summary.tokens[at], summary.dims[at], strict=True):
-                if abs(value) > threshold:
-                    yield MassiveScalar(layer, row.index, int(token), row.tokens[token], int(dim), float(value))
+            summary, at = summaries[row.index], layer + 1
+            # The largest come first, so that the massive ones among them are as many as were counted.
+            n = min(int(summary.n_massive[at]), len(summary.values[at]))
+            for value, token, dim in zip(
+                summary.values[at, :n], summary.tokens[at, :n], summary.dims[at, :n], strict=True
+            ):
+                yield MassiveScalar(layer, row.index, int(token), row.tokens[token], int(dim), float(value))
+
+
+def _massive_tokens(summary: SequenceSummary, holding: NDArray[np.bool_], start: int) -> tuple[int, ...]:
+    """The tokens with a massive scalar at the output of block `start` or later; holding: [blocks run] where any is."""
+    tokens = {
+        token for layer in np.flatnonzero(holding).tolist() if layer >= start for token in summary.massive_at(layer)
+    }
+    return tuple(sorted(tokens))
+
+
+def _massive_dims(dims: MassiveDims, n_run: int) -> Iterator[MassiveDim]:
+    for layer in range(n_run):
+        counts, sums = dims.at(layer)
+        for dim in np.flatnonzero(counts).tolist():
+            yield MassiveDim(layer, dim, int(counts[dim]), float(sums[dim] / counts[dim]))
+
+
+def _least_threshold(
+    summaries: Summaries, holding: NDArray[np.bool_], criterion: Criterion, layer: int
+) -> float | None:
+    """The lowest threshold at a block over the sequences that hold there, in the arithmetic that counted them."""
+    ratio, least = np.float32(criterion.min_ratio), np.float32(criterion.min_abs)
+    bounds = [
+        max(least, ratio * summaries[index].median_abs[layer + 1])
+        for index in np.flatnonzero(holding[:, layer]).tolist()
+    ]
+    return float(min(bounds)) if bounds else None
 
 
 def _sequence_row(
-    row: Row, *, votes: bool, holds: bool | None, massive_token: int | None, emergence: Emergence | None
+    row: Row,
+    *,
+    votes: bool,
+    holds: bool | None,
+    massive_token: int | None,
+    emergence: Emergence | None,
+    massive_tokens: tuple[int, ...],
 ) -> SequenceRow:
     return SequenceRow(
         index=row.index,
@@ -249,6 +284,7 @@ def _sequence_row(
         massive_token_index=massive_token,
         massive_token=None if massive_token is None else row.tokens[massive_token],
         emergence=emergence,
+        massive_tokens=massive_tokens,
     )
 
 

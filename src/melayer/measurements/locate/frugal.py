@@ -10,7 +10,8 @@ import torch
 from melayer.data.rows import Batch, Row, batches, encode
 from melayer.data.texts import builtin_texts
 from melayer.errors import InputError
-from melayer.loading.checkpoint import DTypeName, device_of, skeleton
+from melayer.loading.checkpoint import skeleton
+from melayer.loading.devices import DTypeName, device_of
 from melayer.loading.streaming import streamed
 from melayer.measurements.criterion import Criterion, find_me_layer, voting
 from melayer.measurements.locate.conclude import conclude
@@ -23,7 +24,7 @@ from melayer.measurements.locate.trajectory import (
     trajectory_of,
 )
 from melayer.measurements.settings import FrugalLocateSettings, locate_settings
-from melayer.measurements.summaries import summaries_of
+from melayer.measurements.summaries import MassiveDims, summaries_of
 from melayer.model import hooks, wiring
 from melayer.model.decoder import Decoder, Site
 from melayer.model.provenance import describe
@@ -113,8 +114,10 @@ def locate_frugal(  # noqa: PLR0913 - public: every option has a name
         stream.begin(decoder, progress, len(passes))
         states = _TokenStates(decoder, passes, stream.block_bytes)
         certainty = _Certainty(decoder, rows, criterion, passes[0]) if stop_early else None
+        dims = MassiveDims()
 
         def on_summary(place: int, summary: Summary) -> None:
+            dims.add(place, summary)
             if certainty is not None and certainty.reached(place, summary):
                 stream.last = place - 1
 
@@ -134,12 +137,13 @@ def locate_frugal(  # noqa: PLR0913 - public: every option has a name
         )
         n_run = summaries[0].n_run
         settings: FrugalLocateSettings = {
-            **locate_settings(rows, texts, max_tokens, bos),
+            **locate_settings(rows, texts, max_tokens, bos, max_listed),
             "frugal": {"blocks_run": n_run, "stop_early": stop_early},
         }
         return conclude(
             rows,
             summaries,
+            dims,
             criterion,
             describe(decoder, name, stream.samples),
             settings,
@@ -160,7 +164,7 @@ def _require_one_pass(rows: Sequence[Row], passes: Sequence[Batch], max_batch_to
 
 
 def _notes(n_run: int, n_layers: int) -> Iterator[str]:
-    yield "Frugal: one block at a time was read from the checkpoint."
+    yield "Frugal: one block at a time was read from the checkpoint. Other first tokens were not looked at."
     if n_run < n_layers:
         yield (
             f"Stopped after block {n_run - 1}, when the ME layer was certain: shares are of the largest state up "

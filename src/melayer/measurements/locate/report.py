@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from melayer.data.rows import visible
-from melayer.measurements.locate.result import LocateResult, Trace
+from melayer.measurements.locate.figures import FirstTokens, Trace
+from melayer.measurements.locate.result import LocateResult
+from melayer.measurements.locate.words import STARTS, growth, kind
 from melayer.presentation import figures
 from melayer.presentation.figures import BLOCK, BLUE, GREY, ORANGE, VERMILLION, axis, hover, label, stroke
 from melayer.presentation.numbers import number, percent, rounded
@@ -27,7 +30,10 @@ def section(result: LocateResult) -> Section:
         parts.append(_shares(result))
     if result.trace is not None:
         parts += [_tokens(result, result.trace), _surface(result, result.trace)]
-    parts += [_stages(result), *_massive(result), _sequences(result), _blocks(result)]
+    parts += [_stages(result), *_massive(result), _sequences(result)]
+    if result.first_tokens is not None and len(result.first_tokens.rows) > 1:
+        parts.append(_first_tokens(result.first_tokens))
+    parts.append(_blocks(result))
     return Section("locate", TITLE, result.sentence, parts)
 
 
@@ -116,10 +122,13 @@ def _shares(result: LocateResult) -> Plot:
 def _shares_takeaway(result: LocateResult) -> str:
     largest = max(result.shares, key=lambda stage: stage.share)
     erased = min(result.shares, key=lambda stage: stage.share)
-    takeaway = f"Block {largest.layer} writes {largest.share:.1%} of the peak state"
+    takeaway = f"Block {largest.layer} writes {percent(largest.share)} of the peak state"
     if largest.ffn_share is not None:
-        takeaway += f" ({largest.ffn_share:.1%} by its FFN)"
-    takeaway += f"; the largest removal is {-erased.share:.1%}, at block {erased.layer}" if erased.share < 0 else ""
+        takeaway += f" ({percent(largest.ffn_share)} by its FFN)"
+    if result.me_layer is not None and largest.layer != result.me_layer:
+        takeaway += f", block {result.me_layer} (the ME layer) {percent(result.shares[result.me_layer].share)}"
+    removed = percent(-erased.share)
+    takeaway += f"; the largest removal is {removed}, at block {erased.layer}" if erased.share < 0 else ""
     return f"{takeaway}."
 
 
@@ -127,10 +136,12 @@ def _tokens(result: LocateResult, trace: Trace) -> Plot:
     with np.errstate(divide="ignore", invalid="ignore"):
         magnitude = np.log10(np.maximum(trace.token_max, 1e-12))
     names = [f"{place} {label(visible(token))}" for place, token in enumerate(trace.tokens)]
-    finite = np.nan_to_num(trace.token_max)
+    finite = np.where(np.isfinite(trace.token_max), trace.token_max, 0.0)
     layer, token = np.unravel_index(int(finite.argmax()), finite.shape)
     others = np.delete(finite[layer], token)
     against = f", {finite[layer, token] / others.max():,.0f} times the largest other token" if others.any() else ""
+    n_tokens = result.sequences[trace.sequence].n_tokens
+    first = f", of its first {len(trace.tokens)} tokens," if n_tokens > len(trace.tokens) else ""
     tokens = axis("token", autorange="reversed", type="category", dtick=1, tickfont={"size": 11}, automargin=True)
     squares = figures.heat_map(
         rounded(magnitude.T, 3),
@@ -142,7 +153,7 @@ def _tokens(result: LocateResult, trace: Trace) -> Plot:
     return Plot(
         "tokens",
         "Tokens by blocks",
-        f"In text {trace.sequence} token {token} (“{visible(trace.tokens[token])}”) holds the largest value, "
+        f"In text {trace.sequence}{first} token {token} (“{visible(trace.tokens[token])}”) holds the largest value, "
         f"{finite[layer, token]:,.0f} at block {layer}{against}.",
         f"Each cell is the largest |h| over the dimensions of one token at one block's output, as a power of ten; "
         f"the first {len(trace.tokens)} tokens of one text. A massive token is a bright row.",
@@ -151,13 +162,14 @@ def _tokens(result: LocateResult, trace: Trace) -> Plot:
 
 
 def _surface(result: LocateResult, trace: Trace) -> Plot:
-    magnitude = np.nan_to_num(np.abs(trace.states))
+    magnitude = np.where(np.isfinite(trace.states), np.abs(trace.states), 0.0)
     d_model = magnitude.shape[1]
     width = -(-d_model // _SURFACE_COLUMNS)
     starts = np.arange(0, d_model, width)
     binned = np.maximum.reduceat(magnitude, starts, axis=1)
     peak_layer, peak_dim = np.unravel_index(int(magnitude.argmax()), magnitude.shape)
-    share = magnitude[peak_layer, peak_dim] ** 2 / max(float((magnitude[peak_layer] ** 2).sum()), 1e-30)
+    squares = magnitude[peak_layer].astype(np.float64) ** 2  # which float32 might not hold
+    share = squares[peak_dim] / max(float(squares.sum()), 1e-30)
     grouping = f" Each column is the maximum of {width} neighbouring dimensions." if width > 1 else ""
     landscape = figures.surface(
         starts.tolist(),
@@ -186,7 +198,7 @@ def _stages(result: LocateResult) -> Table:
         "Stages",
         ["", "block", "share", "by attention", "by FFN", "largest |h|", "ratio to median"],
         [row("adds", stage.layer) for stage in result.stages] + [row("erases", layer) for layer in result.erased_at],
-        takeaway=f"Emergence: {result.emergence}.",
+        takeaway=f"Emergence: {kind(result)}{'; ' + growth(result) if result.shares else ''}.",
     )
 
 
@@ -195,17 +207,28 @@ def _massive(result: LocateResult) -> list[Table]:
     rows = [[s.layer, s.sequence, s.token_index, visible(s.token), s.dim, number(s.value, 1)] for s in result.massive]
     if not rows:
         return [Table("Massive scalars", columns, [], takeaway="No scalar meets the criterion.")]
-    total = sum(row.n_massive for row in result.blocks)
-    dims = sorted({s.dim for s in result.massive})
+    total = result.n_massive
+    dims = sorted({row.dim for row in result.massive_dims})
     takeaway = (
         f"{total:,} scalars meet the criterion over all texts and blocks, in {len(dims)} "
-        f"dimension{'s' if len(dims) > 1 else ''} ({', '.join(map(str, dims[:8]))}{'…' if len(dims) > 8 else ''})."
+        f"dimension{'s' if len(dims) != 1 else ''} ({', '.join(map(str, dims[:8]))}{'…' if len(dims) > 8 else ''})."
     )
-    first = [row for row in rows if row[0] == result.me_layer]
-    shown = Table("Massive scalars at the ME layer", columns, first[:_LISTED], takeaway=takeaway)
-    cut = f" The first {_LISTED} of {len(rows)} listed." if len(rows) > _LISTED else ""
-    whole = Table(f"Massive scalars at every block.{cut}", columns, rows[:_LISTED], folded=True)
-    return [shown, whole] if first else [Table("Massive scalars", columns, rows[:_LISTED], takeaway=takeaway)]
+    at = result.me_layer
+    if at is None:
+        return [Table(f"Massive scalars{_cut(rows, total)}", columns, rows[:_LISTED], takeaway=takeaway)]
+    first = [row for row in rows if row[0] == at]
+    here = f"Massive scalars at the ME layer{_cut(first, result.blocks[at].n_massive)}"
+    whole = f"Massive scalars at every block{_cut(rows, total)}"
+    return [
+        Table(here, columns, first[:_LISTED], takeaway=takeaway),
+        Table(whole, columns, rows[:_LISTED], folded=True),
+    ]
+
+
+def _cut(rows: Sequence[object], total: int) -> str:
+    """How many of all are shown, where it is not all of them."""
+    shown = min(len(rows), _LISTED)
+    return f", {shown:,} of {total:,}" if shown < total else ""
 
 
 def _sequences(result: LocateResult) -> Table:
@@ -228,6 +251,38 @@ def _sequences(result: LocateResult) -> Table:
             for row in result.sequences
         ],
         takeaway=takeaway if result.me_layer is not None else "",
+    )
+
+
+def _first_tokens(found: FirstTokens) -> Table:
+    n = found.n_sequences
+    takeaway = (
+        "Something else is found with another first token."
+        if found.differing
+        else "The same block is found with each, and the first token is massive with all of them or with none."
+    )
+    return Table(
+        "With another first token",
+        [
+            *("first token", "", "ME layer", "texts holding", "texts with the first token massive"),
+            *("largest |h|", "block", "token", "", "dimension"),
+        ],
+        [
+            [
+                "—" if row.token is None else visible(row.token),
+                ", ".join(STARTS[kind] for kind in row.kinds),
+                "—" if row.me_layer is None else row.me_layer,
+                f"{row.n_holding} of {n}",
+                f"{row.n_first_massive} of {n}",
+                number(row.max_abs, 1),
+                row.layer,
+                row.massive_token_index,
+                visible(row.massive_token),
+                row.dim,
+            ]
+            for row in found.rows
+        ],
+        takeaway=f"{takeaway} In {n} texts of up to {found.max_tokens} tokens.",
     )
 
 

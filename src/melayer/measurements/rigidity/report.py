@@ -9,7 +9,7 @@ import numpy as np
 from melayer.measurements.rigidity.result import RigidityResult
 from melayer.presentation import figures
 from melayer.presentation.figures import BLOCK, BLUE, GREY, VERMILLION, Trace, axis, hover, stroke
-from melayer.presentation.numbers import rounded
+from melayer.presentation.numbers import number, rounded
 from melayer.presentation.sections import Plot, Section, Table
 
 TITLE = "What it makes rigid"
@@ -59,7 +59,7 @@ def _cosine_takeaway(result: RigidityResult) -> str:
     if not known:
         return "No two neighbouring blocks could be compared."
     lowest, at = min(known)
-    text = f"The state turns most between blocks {at} and {at + 1} (cosine {lowest:.3f})"
+    text = f"The state turns most between blocks {at} and {at + 1} (cosine {number(lowest, 3)})"
     me_layer, last = result.me_layer, result.rigid_until
     if me_layer is not None and last is not None:
         after = [value for value in result.cosine_next[me_layer:last] if value is not None]
@@ -67,7 +67,7 @@ def _cosine_takeaway(result: RigidityResult) -> str:
             text += f" and least from block {me_layer} to block {last} (mean cosine {np.mean(after):.4f})"
     inputs = result.cosine_inputs[me_layer] if me_layer is not None else None
     if inputs is not None and not result.fixed_first_token:
-        text += f"; over first tokens it is {inputs:.3f} at the ME layer"
+        text += f"; over first tokens it is {number(inputs, 3)} at the ME layer"
     return f"{text}."
 
 

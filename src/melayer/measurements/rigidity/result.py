@@ -10,6 +10,7 @@ from typing import Any, Literal
 from melayer.measurements.settings import RigiditySettings
 from melayer.model.provenance import ModelInfo
 from melayer.numerics.finite import mean_of_known
+from melayer.presentation.numbers import number
 from melayer.version import __version__
 
 
@@ -118,7 +119,7 @@ class RigidityResult:
         where = "there" if self.me_layer is not None else f"after block {at}"
         alone = self.cosine_inputs_massive[at]
         all_massive = self.n_massive_first_tokens == self.n_first_tokens
-        among = "" if alone is None or all_massive else f" (among the massive ones {alone:.3f})"
+        among = "" if alone is None or all_massive else f" (among the massive ones {number(alone, 3)})"
         return (
             f"over {self.n_first_tokens} first tokens{massive} the mean pairwise cosine is {before}"
             f"{_shown(self.cosine_inputs[at])} {where}{among}"
@@ -135,4 +136,4 @@ def _at_least(value: float) -> str:
 
 
 def _shown(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.3f}"
+    return number(value, 3, absent="not known")

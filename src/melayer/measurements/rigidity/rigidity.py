@@ -20,6 +20,7 @@ from melayer.measurements.rigidity.result import RigidityResult
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, criterion_settings, text_settings
 from melayer.model.subject import Subject
 from melayer.numerics.finite import finite_all
+from melayer.numerics.seeds import require_seed
 from melayer.runs.progress import Bar, Progress
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def rigidity_on(  # noqa: PLR0913 - the options of the public function
     progress: Progress | None = None,
 ) -> RigidityResult:
     """As `rigidity`, on a model that was read already."""
+    require_seed(seed)
     max_tokens, bos = options_of(located, criterion=criterion, max_tokens=max_tokens, bos=bos)
     rows = subject.rows(texts, max_tokens=max_tokens, bos=bos)
     first, first_text = (
@@ -128,7 +130,7 @@ def rigidity_on(  # noqa: PLR0913 - the options of the public function
     inputs, inputs_massive, n_massive = across_inputs(
         decoder, first, None if fixed_first_token else located.me_layer, located.criterion.min_abs, max_batch_tokens
     )
-    massive = _massive_tokens(located, targets)
+    massive = _massive_tokens(located)
     ranked, notes_on_rank = _ranked(rows, massive)
     second = bar.part(n_tokens) or (lambda done, of: None)
     effective_rank = effective_ranks(decoder, ranked, massive, max_batch_tokens, lambda done: second(done, n_tokens))
@@ -171,15 +173,11 @@ def _targets(located: LocateResult, rows: Sequence[Row]) -> Targets:
     }
 
 
-def _massive_tokens(located: LocateResult, targets: Targets) -> dict[int, set[int]]:
-    """The tokens of each sequence that hold a massive scalar from the ME layer on, as far as `locate` lists them."""
+def _massive_tokens(located: LocateResult) -> dict[int, set[int]]:
+    """All tokens of each sequence that hold a massive scalar from the ME layer on; none without an ME layer."""
     if located.me_layer is None:
         return {}
-    tokens = {sequence: {token} for sequence, (_, token) in targets.items()}
-    for scalar in located.massive:
-        if scalar.layer >= located.me_layer:
-            tokens.setdefault(scalar.sequence, set()).add(scalar.token_index)
-    return tokens
+    return {row.index: set(row.massive_tokens) for row in located.sequences if row.massive_tokens}
 
 
 def _ranked(rows: Sequence[Row], massive: Mapping[int, set[int]]) -> tuple[list[Row], list[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from melayer.data.rows import Batch, Row, batches
+from melayer.data.rows import Batch, Row, batches, bos_note
 from melayer.errors import InputError
 from melayer.measurements.criterion import Criterion, find_me_layer
 from melayer.measurements.settings import LAYERS_COUNTED_FROM, criterion_settings, window_settings
@@ -25,9 +25,6 @@ from melayer.runs.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Massive tokens of one sequence that are followed; a real model has a handful (Sun et al. 2024).
-_MOST_TOKENS = 8
 
 
 def sinks(  # noqa: PLR0913 - public: every option has a name
@@ -104,7 +101,7 @@ def sinks_on(
     me_layer = find_me_layer(holding_of(rows, summaries).sum(axis=0), len(rows), criterion)
     softmax = [block.layer for block in decoder.blocks if block.attention is not None]
     is_sink = {layer: alphas[layer] > epsilon for layer in softmax}
-    notes = []
+    notes = [said] if (said := bos_note(rows)) else []
     if len(softmax) < decoder.n_layers:
         notes.append(f"{decoder.n_layers - len(softmax)} of {decoder.n_layers} blocks have no softmax attention.")
     if criterion.min_tokens > T:
@@ -152,7 +149,7 @@ def _first_keys(
                     by_layer.setdefault(layer, {})[row.index] = values[place, :, 0]
 
     passes = list(batches(rows, max_batch_tokens=max_batch_tokens))
-    summaries = summaries_of(decoder, passes, criterion, k=_MOST_TOKENS, progress=progress, during_batch=listening)
+    summaries = summaries_of(decoder, passes, criterion, k=1, progress=progress, during_batch=listening)
     return {layer: np.stack([of[row.index] for row in rows]) for layer, of in by_layer.items()}, summaries
 
 
@@ -208,37 +205,55 @@ def _massive(
     """
     if me_layer is None:
         return None
-    tokens = {row.index: _massive_tokens(summaries[row.index], me_layer) for row in rows}
-    again = [row for row in rows if any(token > 0 for token in tokens[row.index])]
-    alphas: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in first}
+    tokens = {row.index: summaries[row.index].massive_at(me_layer) for row in rows}
+    n_tokens = sum(map(len, tokens.values()))
+    if not n_tokens:
+        return None
+    drawn_by = _Drawn(epsilon)
     for row in rows:
         if tokens[row.index] == [0]:
             for layer, values in first.items():
-                alphas[layer].append(values[row.index])
+                drawn_by.add(layer, values[row.index : row.index + 1])
+    again = [row for row in rows if any(token > 0 for token in tokens[row.index])]
     for batch in batches(again, max_batch_tokens=max_batch_tokens):
         keys = [tokens[row.index] for row in batch.rows]
         with measuring(decoder.model), attention.listen(decoder, keys, batch.attention_mask) as drawn:
             forward(decoder.model, batch)
             for layer, values in _on_host(drawn()).items():
-                alphas[layer] += [values[place, :, key] for place, row in enumerate(keys) for key in range(len(row))]
-    n_tokens = sum(map(len, tokens.values()))
-    if not n_tokens:
-        return None
-    stacked = {layer: np.stack(values) for layer, values in alphas.items()}
-    is_sink = {layer: values > epsilon for layer, values in stacked.items()}
+                for place, of in enumerate(keys):
+                    drawn_by.add(layer, values[place, :, : len(of)].T)
     return MassiveKeys(
         n_tokens=n_tokens,
         n_not_first=sum(token > 0 for of in tokens.values() for token in of),
-        alpha=tuple(
-            tuple(stacked[layer].mean(axis=0).tolist()) if layer in stacked else () for layer in range(decoder.n_layers)
-        ),
-        rate=_rate(is_sink, sorted(is_sink)) or 0.0,
-        rate_after_me=_rate(is_sink, [layer for layer in sorted(is_sink) if layer > me_layer]),
+        alpha=tuple(drawn_by.mean(layer) for layer in range(decoder.n_layers)),
+        rate=drawn_by.rate(0) or 0.0,
+        rate_after_me=drawn_by.rate(me_layer + 1),
     )
 
 
-def _massive_tokens(summary: SequenceSummary, layer: int) -> list[int]:
-    """The tokens of one sequence that hold a massive scalar at a block's output."""
-    count = int(summary.n_massive[layer + 1])
-    listed = summary.tokens[layer + 1][: min(count, _MOST_TOKENS)]
-    return sorted({int(token) for token in listed if token >= 0})
+class _Drawn:
+    """What keys draw, added up as they come: there may be hundreds in a sequence, and nothing is kept of one."""
+
+    def __init__(self, epsilon: float) -> None:
+        self._epsilon = epsilon
+        self._sums: dict[int, NDArray[np.float64]] = {}
+        self._sinks: dict[int, NDArray[np.int64]] = {}
+        self._n: dict[int, int] = {}
+
+    def add(self, layer: int, alphas: NDArray[np.float32]) -> None:
+        """Adds [n_keys, n_heads] of one layer."""
+        self._sums[layer] = self._sums.get(layer, np.zeros(alphas.shape[1])) + alphas.sum(axis=0, dtype=np.float64)
+        self._sinks[layer] = self._sinks.get(layer, np.zeros(alphas.shape[1], np.int64)) + (alphas > self._epsilon).sum(
+            axis=0
+        )
+        self._n[layer] = self._n.get(layer, 0) + len(alphas)
+
+    def mean(self, layer: int) -> tuple[float, ...]:
+        """[n_heads] the mean over the keys; empty for a layer without softmax attention."""
+        return tuple((self._sums[layer] / self._n[layer]).tolist()) if layer in self._sums else ()
+
+    def rate(self, start: int) -> float | None:
+        """The share of (key, layer, head) that are sinks, from this layer on; None where there is no such layer."""
+        sinks = {layer: of for layer, of in self._sinks.items() if layer >= start}
+        n = sum(self._n[layer] * len(of) for layer, of in sinks.items())
+        return float(sum(int(of.sum()) for of in sinks.values()) / n) if n else None

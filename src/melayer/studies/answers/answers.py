@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from melayer.errors import InputError
+from melayer.data.chat import render, require_template
+from melayer.data.tokens import Ids
+from melayer.errors import InputError, border
+from melayer.evaluation.cut_off import end_tokens
 from melayer.interventions.mask import WeMask
 from melayer.measurements.settings import LAYERS_COUNTED_FROM
 from melayer.model import hooks
 from melayer.model.forward import input_device
 from melayer.model.subject import Subject
+from melayer.model.token_ids import require_rows
+from melayer.numerics.seeds import require_seed
 from melayer.studies.answers.result import SIDES, AnswerPair, AnswersResult, Side
 from melayer.studies.answers.streaming import Stream, TextPieces
 
@@ -68,9 +74,12 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
         >>> melayer.answers(model, tokenizer, ["Hello!"], mask=mask).answers[0].masked  # doctest: +SKIP
     """
     _check_options(prompts, max_new_tokens, temperature)
+    require_seed(seed)
     templated = _templated(tokenizer, chat, system)
     subject = Subject.of(model, tokenizer, name=name)
     rows = [prompt_ids(tokenizer, prompt, templated, system) for prompt in prompts]
+    for row in rows:
+        require_rows(torch.tensor(row), subject.decoder.embedding, subject.model)
     _check_length(subject, max(map(len, rows)), max_new_tokens)
     decoding = _Decoding(max_new_tokens, temperature, seed)
     pairs = []
@@ -81,7 +90,8 @@ def answers(  # noqa: PLR0913 - the options of the command, each by its name
             with hooks.measuring(model), mask.apply(subject.decoder) if side == "masked" else nullcontext():
                 ids[side] = _generate(subject, row, decoding, streamer)
         plain, masked = (str(tokenizer.decode(ids[side], skip_special_tokens=True)) for side in SIDES)
-        pairs.append(AnswerPair(prompt, len(row), plain, masked, first_difference(ids["plain"], ids["masked"])))
+        cut = (_cut(subject, ids[side], max_new_tokens) for side in SIDES)
+        pairs.append(AnswerPair(prompt, len(row), plain, masked, first_difference(ids["plain"], ids["masked"]), *cut))
     return AnswersResult(
         model=subject.info,
         settings={
@@ -102,11 +112,22 @@ def prompt_ids(
 ) -> list[int]:
     """The tokens that an answer follows: of the prompt as it is, or of a user's turn with what begins the answer."""
     if not templated:
-        return list(tokenizer(prompt)["input_ids"])
+        with border(f"The prompt {prompt[:30]!r} cannot be tokenised", "Mend it."):
+            return list(Ids.of(tokenizer, None).of_text(prompt).ids)
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text = render(tokenizer, turns, add_generation_prompt=True)
+    with border(f"The prompt {prompt[:30]!r} cannot be tokenised", "Mend it."):
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if not ids:
+        raise InputError(f"The prompt {text[:30]!r} gives no tokens. Give one with text, or leave the template out.")
+    return ids
+
+
+def _cut(subject: Subject, ids: Sequence[int], max_new_tokens: int) -> bool:
+    """Whether an answer has all the tokens that it may have, and the last one does not end it."""
+    ends = end_tokens(subject.model.generation_config.eos_token_id)
+    return len(ids) >= max_new_tokens and ids[-1] not in ends
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
@@ -124,15 +145,15 @@ def _check_options(prompts: Sequence[str], max_new_tokens: int, temperature: flo
         raise InputError("There is no prompt, or an empty one. Give text to answer.")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise InputError(f"temperature is {temperature}; expected 0 or more.")
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system: str | None) -> bool:
     """Whether prompts are put into the chat template."""
     templated = bool(tokenizer.chat_template) if chat is None else chat
-    if (templated or system is not None) and not tokenizer.chat_template:
-        raise InputError("This tokenizer has no chat template. Leave chat and the system prompt out.")
+    if templated or system is not None:
+        require_template(tokenizer)
     if system is not None and not templated:
         raise InputError("A system prompt was given, but the prompt is not put into the chat template. Allow it.")
     return templated
@@ -158,12 +179,13 @@ def _generate(subject: Subject, row: list[int], decoding: _Decoding, streamer: T
     with torch.random.fork_rng():
         torch.manual_seed(decoding.seed)
         generate: Any = model.generate  # whose type PreTrainedModel does not have
-        out = generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=decoding.max_new_tokens,
-            pad_token_id=pad,
-            streamer=streamer,
-            **sampling,
-        )
+        with border("The model cannot answer", "Look at its generation_config.json, or remove that file."):
+            out = generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=decoding.max_new_tokens,
+                pad_token_id=pad,
+                streamer=streamer,
+                **sampling,
+            )
     return list(out[0, len(row) :].tolist())

@@ -35,6 +35,9 @@ class AnswerPair:
     masked: str
     first_difference: int | None
     """The first generated token, from 0, that differs; None where the answers are the same."""
+    plain_cut: bool = False
+    """Whether the plain answer ended because it was not allowed to be longer."""
+    masked_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,4 +57,11 @@ class AnswersResult:
     def sentence(self) -> str:
         """The answer in one sentence, computed from the figures."""
         same = sum(answer.first_difference is None for answer in self.answers)
-        return f"The mask leaves {same} of {len(self.answers)} answers as they are."
+        said = f"The mask leaves {same} of {len(self.answers)} answers as they are."
+        plain, masked = (sum(getattr(answer, f"{side}_cut") for answer in self.answers) for side in SIDES)
+        if plain or masked:
+            said += (
+                f" At {self.settings['max_new_tokens']} tokens {plain} plain and {masked} masked answers were cut off; "
+                "raise --max-new-tokens (max_new_tokens=...) to see their ends."
+            )
+        return said

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from melayer.presentation.tables import print_text
+from melayer.studies.answers.result import SIDES
 
 if TYPE_CHECKING:
     from melayer.studies.answers.result import AnswersResult, Side
@@ -41,6 +42,9 @@ def show_answers(result: AnswersResult, console: Console) -> None:
         console.print(_pair(answer.prompt, answer.plain, answer.masked))
         at = answer.first_difference
         said = "The answers are the same." if at is None else f"They differ from generated token {at} on (0-based)."
+        cut = [side for side in SIDES if getattr(answer, f"{side}_cut")]
+        if cut:
+            said += f" Cut off at {result.settings['max_new_tokens']} tokens: {' and '.join(cut)}."
         print_text(console, said, style="dim")
     mask, model = result.mask, result.model
     layers = f"every block after {mask.me_layer}" if mask.layers is None else _spans(mask.layers)

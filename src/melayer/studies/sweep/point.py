@@ -135,4 +135,7 @@ def _point(
         rank_attn_in_without=read[1],
         rank_block_out=out[0],
         rank_block_out_without=out[1],
+        perplexity_low=predicted.low,
+        perplexity_high=predicted.high,
+        nll_by_sequence=predicted.by_sequence,
     )

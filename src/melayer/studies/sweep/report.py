@@ -10,7 +10,7 @@ import numpy as np
 from melayer.measurements.sinks.report import attention_map, head_axis
 from melayer.presentation import figures
 from melayer.presentation.figures import BLOCK, BLUE, GREY, ORANGE, VERMILLION, Trace, axis, hover, stroke
-from melayer.presentation.numbers import ABSENT, number, percent, rounded
+from melayer.presentation.numbers import ABSENT, change, number, percent, rounded
 from melayer.presentation.sections import Plot, Section, Table
 from melayer.studies.sweep.result import SweepPoint, SweepResult
 
@@ -44,15 +44,30 @@ def _perplexity(result: SweepResult) -> Plot:
         "sweep-perplexity",
         "Perplexity by the share of masked dimensions",
         f"It is {result.plain.perplexity:,.2f} without a mask, lowest with {best.label} ({best.perplexity:,.2f}, "
-        f"{result.change(best):+.1%}) and highest with {worst.label} ({worst.perplexity:,.2f}, "
-        f"{result.change(worst):+.1%}).",
+        f"{result.change_shown(best)}) and highest with {worst.label} ({worst.perplexity:,.2f}, "
+        f"{result.change_shown(worst)}).",
         f"How well the tokens of {result.n_sequences} sequences of T = {result.T} are predicted; lower is better, and "
-        "the axis is logarithmic. The dashed line is the model without a mask. Compare only figures of the same texts "
-        "and T.",
-        figures.figure(
-            _by_rate(result, lambda point: point.perplexity, "%{y:.2f}"), _RATE, axis("perplexity", type="log")
-        ),
+        "the axis is logarithmic. The dashed line is the model without a mask, and the bars are the 95 % intervals of "
+        "the difference from it, by sequence. Compare only figures of the same texts and T.",
+        figures.figure(_perplexities(result), _RATE, axis("perplexity", type="log")),
     )
+
+
+def _perplexities(result: SweepResult) -> list[Trace]:
+    """A curve for each selector, with the ends of each difference from the plain model, which stands still."""
+    *curves, plain = _by_rate(result, lambda point: point.perplexity, "%{y:.2f}")
+    for curve, selector in zip(curves, _swept(result), strict=True):
+        up: list[float | None] = [0.0]  # at rate 0 it is the plain model itself
+        down: list[float | None] = [0.0]
+        for point in result.masked:
+            if point.selector == selector:
+                ends = result.change_interval(point)
+                low, high = (None, None) if ends is None else (result.plain.perplexity * (1 + end) for end in ends)
+                up.append(None if high is None else high - point.perplexity)
+                down.append(None if low is None else point.perplexity - low)
+        if any(up):
+            curve["error_y"] = figures.whiskers(rounded(up, 5), rounded(down, 5), thickness=1)
+    return [*curves, plain]
 
 
 def _sinks(result: SweepResult) -> Plot:
@@ -202,7 +217,8 @@ def _range(result: SweepResult) -> list[float]:
 
 
 def _figures(result: SweepResult) -> Table:
-    columns = ["mask", "perplexity", "change", "sinks", "after the ME layer", "cosine"]
+    columns = ["mask", "perplexity", "95 % interval", "change", "95 % interval", "nats a token", "95 % interval"]
+    columns += ["sinks", "after the ME layer", "cosine"]
     columns += ["rank read", "without", "rank of the stream", "without"]
     return Table(
         "The figures of every mask",
@@ -211,7 +227,8 @@ def _figures(result: SweepResult) -> Table:
             [
                 point.label,
                 number(point.perplexity, 2),
-                ABSENT if point.selector is None else f"{result.change(point):+.1%}",
+                _ends(point.perplexity_low, point.perplexity_high, ",.2f"),
+                *_difference(result, point),
                 f"{point.sink_rate:.1%}",
                 percent(point.sink_rate_after_me),
                 number(point.cosine_rigid, 4),
@@ -222,10 +239,27 @@ def _figures(result: SweepResult) -> Table:
             ]
             for point in result.points
         ],
-        takeaway="Cosine: mean from the ME layer until the state is erased. Effective ranks of what attention reads "
-        "and of the residual stream: means over the blocks after the ME layer, with and without the massive tokens.",
+        takeaway="Intervals are by sequence; those of the change, and of the nats that a mask adds to a token's "
+        "log-loss, are paired with the plain model, and each stands alone: of twenty one leaves out 0 by chance. "
+        "Cosine: mean from the ME layer until the state is erased. Effective ranks of what attention reads and of the "
+        "residual stream: means over the blocks after the ME layer, with and without the massive tokens.",
         folded=True,
     )
+
+
+def _difference(result: SweepResult, point: SweepPoint) -> list[str]:
+    """The relative change and the difference in nats, each with its interval."""
+    by = None if point.selector is None else result.difference(point)
+    if point.selector is None:
+        return [ABSENT] * 4
+    if by is None:
+        return [change(result.change(point)), *[ABSENT] * 3]
+    low, high = result.change_interval(point) or (None, None)
+    return [change(result.change(point)), _ends(low, high, "+.1%"), f"{by.value:+.4f}", _ends(by.low, by.high, "+.4f")]
+
+
+def _ends(low: float | None, high: float | None, form: str) -> str:
+    return ABSENT if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
 def _curve(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from melayer.measurements.locate.result import LocateResult
 from melayer.model.provenance import ModelInfo
+from melayer.numerics.intervals import FEW
+from melayer.numerics.paired import Difference, difference
+from melayer.presentation.numbers import change
 from melayer.studies.sweep.settings import SweepSettings
 from melayer.version import __version__
 
@@ -43,6 +47,11 @@ class SweepPoint:
     rank_block_out: float | None
     """Effective rank of the residual stream, mean over the blocks after the ME layer."""
     rank_block_out_without: float | None
+    perplexity_low: float | None = None
+    perplexity_high: float | None = None
+    """Ends of the 95 % interval of the perplexity, by sequence; None with a single one."""
+    nll_by_sequence: tuple[float, ...] = field(default=(), repr=False)
+    """The sum of the log-losses of each sequence's tokens, in nats; empty where an older version kept the point."""
 
     @property
     def label(self) -> str:
@@ -54,7 +63,8 @@ class SweepPoint:
         """The point that `asdict` and JSON made these values of."""
         rows = {key: tuple(values[key]) for key in ("sink_rate_by_layer", "cosine_next", "cosine_peak")}
         alpha = tuple(None if row is None else tuple(row) for row in values["alpha"])
-        return cls(**{**values, **rows, "alpha": alpha})
+        by_sequence = tuple(values.get("nll_by_sequence", ()))
+        return cls(**{**values, **rows, "alpha": alpha, "nll_by_sequence": by_sequence})
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ class SweepResult:
             "n_sequences": self.n_sequences,
             "plain": asdict(self.plain),
             "masked": [asdict(point) for point in self.masked],
+            "differences": [None if (by := self.difference(point)) is None else asdict(by) for point in self.masked],
             "notes": list(self.notes),
         }
 
@@ -113,7 +124,7 @@ class SweepResult:
             best = min(self.masked, key=lambda point: point.perplexity)
             return (
                 f"{start}; each of the {len(self.masked)} masks raises the perplexity by more than 5 %, {best.label} "
-                f"least ({self.change(best):+.1%})."
+                f"least ({self.change_shown(best)})."
             )
         start += f"; {len(self.mild)} of {len(self.masked)} masks raise the perplexity by at most 5 %"
         rates = [(p.sink_rate_after_me, p) for p in self.mild if p.sink_rate_after_me is not None]
@@ -122,9 +133,48 @@ class SweepResult:
         rate, lowest = min(rates, key=lambda pair: pair[0])
         return (
             f"{start}, and of these {lowest.label} leaves the fewest sinks: {rate:.1%} at a perplexity of "
-            f"{lowest.perplexity:,.2f} ({self.change(lowest):+.1%})."
+            f"{lowest.perplexity:,.2f} ({self.change_shown(lowest)})."
         )
 
     def change(self, point: SweepPoint) -> float:
         """The relative change of the perplexity against the plain model's."""
         return point.perplexity / self.plain.perplexity - 1
+
+    def difference(self, point: SweepPoint) -> Difference | None:
+        """What the mask adds to the log-loss of a token, in nats, with its interval by sequence.
+
+        None where an older version kept one of the two without its sequences.
+        """
+        base, other = self.plain.nll_by_sequence, point.nll_by_sequence
+        if not base or len(base) != len(other):
+            return None
+        return difference(base, other, [self.T - 1] * len(base))
+
+    def change_interval(self, point: SweepPoint) -> tuple[float, float] | None:
+        """Both ends of the interval of `change`."""
+        by = self.difference(point)
+        if by is None or by.low is None or by.high is None:
+            return None
+        return math.expm1(by.low), math.expm1(min(by.high, 700))
+
+    def change_shown(self, point: SweepPoint) -> str:
+        """The relative change of the perplexity for people, with its interval where there is one."""
+        ends = self.change_interval(point)
+        said = change(self.change(point))
+        return said if ends is None else f"{said}, 95 % interval {change(ends[0])} to {change(ends[1])}"
+
+
+def interval_notes(points: Sequence[SweepPoint], n_sequences: int) -> list[str]:
+    """What the reader has to know of the intervals."""
+    said = []
+    if n_sequences == 1:
+        said.append("One sequence gives no intervals: give more or longer texts, or a smaller T.")
+    elif n_sequences < FEW:
+        said.append(f"With {n_sequences} sequences the intervals of the perplexities are rough.")
+    older = [point.label for point in points if not point.nll_by_sequence]
+    if older:
+        said.append(
+            f"An older version kept {', '.join(older)} without the sequences' log-losses, so that there are no "
+            "intervals. Give another place to measure anew."
+        )
+    return said

@@ -17,7 +17,7 @@ from melayer.model.subject import Subject
 from melayer.runs.progress import Bar, Progress
 from melayer.runs.resume_log import Entries, ResumeLog
 from melayer.studies.sweep.point import Key, MaskGrid, PointSettings, measured_point
-from melayer.studies.sweep.result import SweepPoint, SweepResult
+from melayer.studies.sweep.result import SweepPoint, SweepResult, interval_notes
 from melayer.studies.sweep.settings import SharedSettings
 from melayer.studies.texts import texts_sha256
 from melayer.version import __version__
@@ -114,6 +114,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, each by its name
     settings = PointSettings(run_texts, bos, criterion, T, epsilon, max_batch_tokens, n_tokens, T * len(rows))
     for key in todo:
         log.add(*measured_point(subject, located, masks, key, settings, bar))
+    points = [log.items[key] for key in keys]
     return SweepResult(
         model=located.model,
         settings={
@@ -125,9 +126,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, each by its name
         T=T,
         epsilon=epsilon,
         n_sequences=len(rows),
-        plain=log.items[keys[0]],
-        masked=tuple(log.items[key] for key in keys[1:]),
-        notes=tuple(dict.fromkeys([*located.notes, *log.notes_of(keys)])),
+        plain=points[0],
+        masked=tuple(points[1:]),
+        notes=tuple(dict.fromkeys([*located.notes, *log.notes_of(keys), *interval_notes(points, len(rows))])),
         located=located,
     )
 

@@ -165,8 +165,9 @@ def a_hundred_thousand_brackets(directory: Path) -> Path:
     return path
 
 
-@of(TEXTS, 2)
+@of(TEXTS, 8)
 def categories_that_are_odd(directory: Path) -> Path:
+    """All are texts but the row with the integer; under `--category kind` names are asked for."""
     path = directory / "c.jsonl"
     odd = [b'"a\\ud800"', b"null", b"[1]", b'{"a": 1}', b"1e999", b'"\\u0000"', HUGE_INTEGER.encode()]
     rows = [b'{"text": "w1 w2 w3 w4 w5 w6 w7 w8 w9", "kind": %s}' % kind for kind in odd]
