@@ -64,12 +64,12 @@ def written_by_melayer(path: Path) -> bool:
     """Whether a regular file says that melayer wrote it."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    if any(form.match(head) for form in (_JSON, _MASK, _LOG, _PAGE, _CARD)):
-        return True
     if path.suffix == ".safetensors":
         # Those of the first version do not say it themselves; the record beside them does.
         record = path.with_suffix(".json")
         return _TENSORS.match(head) is not None or (is_file(record) and written_by_melayer(record))
+    if any(form.match(head) for form in (_JSON, _MASK, _LOG, _PAGE, _CARD)):
+        return True
     if head.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:
