@@ -1,6 +1,6 @@
 """How often intervals of paired differences hold the true difference; prints the tables of `docs/statistics.md`.
 
-    python tools/interval_coverage.py shares|tests|means|parts [--simulations 2000] [--resamples 999] [--seed 7]
+    python tools/interval_coverage.py shares|tests|means|parts|scores [--simulations 2000] [--resamples 999] [--seed 7]
 
 Protocol (nominal 95 %):
 
@@ -15,6 +15,7 @@ Protocol (nominal 95 %):
   from n = 20 on is the largest over the kinds that are not the hard case (`lognormal`); where nothing reaches 93 %, the
   reader is told that the items are few.
 - `parts`: shares of an item's parts, most of which do not differ; accepted as in `shares`, from n = 20 on.
+- `scores`: a single share of an item's parts, which are alike within an item; accepted as in `shares`, from n = 20 on.
 """
 
 from __future__ import annotations
@@ -199,6 +200,9 @@ def drawn(kind: str, shape: tuple[int, int], random: np.random.Generator) -> tup
         return np.where(random.random(shape) < 0.5, 0, random.normal(0.02, 0.1, shape)), ones, 0.01
     differing = float(kind.partition(" ")[0]) / 100
     size = random.choice([1.0, 2.0, 3.0], p=[0.55, 0.3, 0.15], size=shape)  # as IFEval's instructions
+    if kind.endswith("right"):
+        chance = random.beta(4 * differing, 4 * (1 - differing), shape)
+        return random.binomial(size.astype(int), chance).astype(float), size, differing
     amount = np.minimum(random.choice([1, 2], p=[0.8, 0.2], size=shape), size)
     sign = np.where(random.random(shape) < 0.7, 1, -1)
     truth = differing * 0.4 * (0.8 + 0.2 * (0.55 + 0.45 * 2)) / (0.55 + 0.6 + 0.45)
@@ -214,6 +218,11 @@ def two_added(value: Values, size: Values) -> tuple[float, float]:
     """The same with an item added on each side, by as much as any that differs."""
     most = float(np.abs(value).max()) or float(size.mean())
     return ratio_interval(value, size, added=(most, -most)) or (-1.0, 1.0)
+
+
+def one_right_one_wrong(value: Values, size: Values) -> tuple[float, float]:
+    """The same for a single share: one item more that is right in all of its parts, one in none."""
+    return ratio_interval(value, size, added=(float(size.mean()), 0)) or (0.0, 1.0)
 
 
 def resampled(value: Values, size: Values, resamples: int, random: np.random.Generator) -> dict[str, tuple[Any, Any]]:
@@ -273,10 +282,22 @@ def _covered(ends: list[tuple[float, float]], truth: float) -> str:
     return f"{100 - above - below:.1f} ({above:.1f}, {below:.1f})"
 
 
+def print_scores(options: argparse.Namespace) -> None:
+    """Coverage of a single share of parts."""
+    print("| kind | n | t | t, two added |\n|---|---|---|---|")
+    for kind in ("1 % right", "5 % right", "30 % right", "60 % right", "95 % right"):
+        for n in ITEMS:
+            shape = (options.simulations, n)
+            value, size, truth = drawn(kind, shape, np.random.default_rng([options.seed, n]))
+            pairs = list(zip(value, size, strict=True))
+            ends = [[student(*pair) for pair in pairs], [one_right_one_wrong(*pair) for pair in pairs]]
+            print(f"| {kind} | {n} | {_covered(ends[0], truth)} | {_covered(ends[1], truth)} |")
+
+
 def main() -> None:
     """Prints one of the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("table", choices=["shares", "tests", "means", "parts"])
+    parser.add_argument("table", choices=["shares", "tests", "means", "parts", "scores"])
     parser.add_argument("--simulations", type=int, default=2000)
     parser.add_argument("--resamples", type=int, default=999)
     parser.add_argument("--seed", type=int, default=7)
@@ -285,6 +306,8 @@ def main() -> None:
         print_shares(options)
     elif options.table == "tests":
         print_tests(options)
+    elif options.table == "scores":
+        print_scores(options)
     elif options.table == "means":
         print_means(("normal", "heavy", "skewed", "lognormal", "lengths", "graded"), options, parts=False)
     else:
