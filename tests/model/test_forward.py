@@ -33,7 +33,7 @@ def test_a_token_that_the_model_does_not_have_is_named(token):
     model, given = toys.make("llama"), batch()
     given.ids[0, 1] = token
     with pytest.raises(
-        InputError, match=rf"The texts have the token {token}, but the model has tokens 0 to 63: this is"
+        InputError, match=rf"Token id {token} was given to LlamaForCausalLM, whose embedding has 64 rows"
     ):
         forward(model, given)
 

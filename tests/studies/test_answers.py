@@ -204,5 +204,5 @@ def test_a_prompt_that_brings_bos_does_not_get_another():
 def test_a_token_beyond_the_embedding_is_said(model):
     tokenizer = toys.tokenizer()
     tokenizer.add_tokens(["beyond"])
-    with pytest.raises(InputError, match="The texts have the token 64, but the model has tokens 0 to 63"):
+    with pytest.raises(InputError, match="Token id 64 was given to LlamaForCausalLM, whose embedding has 64 rows"):
         melayer.answers(model, tokenizer, ["w1 beyond"], mask=MASK, max_new_tokens=2)
