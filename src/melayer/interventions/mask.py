@@ -24,7 +24,7 @@ from melayer.loading.source import MASK_FILE
 from melayer.measurements.locate.result import LocateResult
 from melayer.model import hooks, wiring
 from melayer.model.decoder import Block, Decoder, plain_model
-from melayer.model.forward import input_device, require_known_tokens
+from melayer.model.forward import input_device
 from melayer.model.provenance import fingerprint
 from melayer.runs import atomic
 
@@ -262,7 +262,6 @@ class WeMask:
         if ids.shape[0] != 1 or not ids.numel():
             raise InputError(f"The prefix has shape {tuple(ids.shape)}; expected one row of at least one id.")
         plain = plain_model(model)
-        require_known_tokens(plain, ids)
         cache = DynamicCache(config=plain.config)
         with self.apply(model), hooks.measuring(plain):
             plain(ids.to(input_device(plain)), use_cache=True, **{hooks.cache_argument(plain): cache})

@@ -9,7 +9,6 @@ import torch
 
 from melayer.data.rows import Batch
 from melayer.model import hooks
-from melayer.model.token_ids import require_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,22 +23,11 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
     Raises:
         InputError: A token is not the model's.
     """
-    require_known_tokens(model, batch.ids)
     device = input_device(model)
     inputs = {"input_ids": batch.ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     # One row of logits is enough: nothing here looks at them, and all of them can outweigh the model.
     with hooks.measuring(model):
         model(**inputs, use_cache=False, logits_to_keep=1)
-
-
-def require_known_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Raises InputError where a token id has no row in the model's embedding: the tokenizer is not the model's.
-
-    Args:
-        model: What the ids are for.
-        ids: Of any shape, on the host.
-    """
-    require_rows(ids, model.get_input_embeddings(), model)
 
 
 def embedding_weight(model: PreTrainedModel) -> torch.Tensor:

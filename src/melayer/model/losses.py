@@ -11,7 +11,7 @@ from melayer.data.rows import Batch
 from melayer.errors import ArchitectureError
 from melayer.model import hooks
 from melayer.model.decoder import Decoder
-from melayer.model.forward import input_device, require_known_tokens
+from melayer.model.forward import input_device
 from melayer.model.hooks import Point
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ def losses(decoder: Decoder, batch: Batch, *, cache: Cache | None = None) -> tor
         return hidden[:, :1]
 
     model = decoder.model
-    require_known_tokens(model, batch.ids)
     device = input_device(model)
     ids = batch.ids.to(device)
     parts = []
