@@ -1,7 +1,7 @@
 """Everything hostile, given to every command that can take it: an answer or a sentence, and nothing else happens.
 
-A run of all tests takes each thing with one command, another one for each thing; `pytest tests/hostile --hostile=all`
-takes all of them.
+A run of all tests takes every fourth thing with one command; `pytest tests/hostile --hostile=all` takes each thing with
+each of its commands.
 """
 
 import atexit
@@ -86,14 +86,19 @@ KINDS = {
 
 
 def cases(all_of_them: bool) -> list[tuple[str, str, str]]:
-    """(kind, thing, command): all, or of each thing one command."""
+    """(kind, thing, command): all, or of every fourth thing one command."""
     found = []
     for name, kind in KINDS.items():
-        commands = sorted(kind.taken_by)
         for thing in kind.things:
-            # Another command for each thing, and the same one on every machine.
-            first = int(hashlib.sha256(f"{name} {thing}".encode()).hexdigest(), 16) % len(commands)
-            found += [(name, thing, command) for command in (commands if all_of_them else [commands[first]])]
+            # Other things and commands each time, and the same ones on every machine.
+            drawn = int(hashlib.sha256(f"{name} {thing}".encode()).hexdigest(), 16)
+            # What lies where a command keeps its own is for that command first.
+            own = [command for command in kind.taken_by if name == "store" and command.split()[0] in thing]
+            commands = sorted(own or kind.taken_by)
+            if all_of_them:
+                found += [(name, thing, command) for command in sorted(kind.taken_by)]
+            elif drawn % 4 == 0:
+                found.append((name, thing, commands[drawn // 4 % len(commands)]))
     return found
 
 
