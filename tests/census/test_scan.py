@@ -24,6 +24,7 @@ from hostile import corpora, stores
 from melayer.census import state as scan_state
 from melayer.census import worker
 from melayer.census.observe import SITES
+from melayer.census.report import write_scan_report
 from melayer.census.scan import scan
 from melayer.data.corpus import Corpus
 from melayer.data.rows import Row, batches
@@ -395,6 +396,17 @@ def test_a_full_disk_leaves_what_was_kept(model, corpus, tmp_path, monkeypatch):
         run(model, corpus, store=tmp_path, limit=3)
     assert scan_state.path_of(tmp_path, 0).read_bytes() == kept
     assert [path.name for path in tmp_path.iterdir()] == ["scan.0.state"]
+
+
+def test_a_name_that_is_not_utf_8_is_the_same_when_it_goes_on(model, tmp_path):
+    path = tmp_path / "caf\udce9.txt"
+    path.write_text("\n".join(texts(8)))
+    options = {"sites": ["block_out"], "store": tmp_path / "out"}
+    run(model, str(path), **options)
+    again = run(model, str(path), progress=lambda *given: pytest.fail("counted again"), **options)
+    write_scan_report(again, tmp_path / "page")
+    values = json.loads((tmp_path / "page" / "report.json").read_text(encoding="utf-8"))
+    assert "caf\\udce9" in values["scan"]["settings"]["data"]["source"]
 
 
 # --- many processes ------------------------------------------------------------------------------------------------

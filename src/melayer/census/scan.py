@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from melayer.census import state as scan_state
 from melayer.census.observe import SITES, places_of
@@ -22,6 +22,7 @@ from melayer.interventions.mask import WeMask
 from melayer.measurements.criterion import Criterion
 from melayer.model.subject import Subject
 from melayer.numerics.grids import FORMATS, Format
+from melayer.runs.json_text import writable
 from melayer.runs.processes import Group
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _settings(subject: Subject, corpus: Corpus, plan: ScanPlan) -> ScanSettings:
         files = corpus.files
         data |= {"source": Path(corpus.source).name, "bytes": sum(path.stat().st_size for path in files)}
         data |= {"files": len(files)} if len(files) > 1 else {}
-    return {
+    settings: ScanSettings = {
         "model": f"{model.fingerprint} in {model.dtype}",
         "data": data,
         "sites": [site for site in SITES if any(place.site == site for place in plan.places)],
@@ -169,6 +170,7 @@ def _settings(subject: Subject, corpus: Corpus, plan: ScanPlan) -> ScanSettings:
         "formats": list(plan.formats),
         "mask": None if plan.mask is None else repr(replace(plan.mask, made_for=None)),
     }
+    return cast(ScanSettings, writable(settings))  # a name in another encoding is kept as its escapes
 
 
 def _opened(store: Path | None, settings: ScanSettings, group: Group) -> State:
