@@ -19,7 +19,14 @@ def metric(kind: str = "mean", *, rising: bool = True, primary: bool = True) -> 
 def settings(tasks: Mapping[str, Mapping[str, Any]], variants: Sequence[str], **shared: Any) -> dict[str, Any]:
     """Of tasks with their metrics."""
     return {
-        "shared": {"chat": False, "model": MODEL, "batch_size": 2, **shared},
+        "shared": {
+            "chat": False,
+            "model": MODEL,
+            "batch_size": 2,
+            "device": "cpu",
+            "versions": {"torch": "2"},
+            **shared,
+        },
         "tasks": {
             name: {
                 "lm_eval_tasks": {name: "1"},

@@ -113,5 +113,6 @@ def test_options_have_the_defaults_of_the_functions():
     assert {name: options[name] for name in ("data", "fewshot", "max_new_tokens")} == {
         name: default for name, default in load_tasks.items() if name not in ("names", "trust_remote_code")
     }
+    assert load_tasks["trust_remote_code"] is False
     mask = defaults(melayer.WeMask)
     assert {name: options[name] for name in ("selector", "strength", "seed")}.items() <= mask.items()

@@ -72,8 +72,8 @@ def other(monkeypatch):
     """Whatever name is asked for, this task is what lm-eval makes of it."""
 
     def given(**changes):
-        monkeypatch.setattr(tasks, "_check_names", lambda names: None)
-        monkeypatch.setattr(tasks, "_other", lambda name, _: Benchmark(name, {"own": configured(**changes)}, (), {}))
+        monkeypatch.setattr(tasks, "_manager_of", lambda names: None)
+        monkeypatch.setattr(tasks, "_other", lambda name, *_: Benchmark(name, {"own": configured(**changes)}, (), {}))
 
     return given
 

@@ -94,9 +94,14 @@ def cases(all_of_them: bool) -> list[tuple[str, str, str]]:
             drawn = int(hashlib.sha256(f"{name} {thing}".encode()).hexdigest(), 16)
             # What lies where a command keeps its own is for that command first.
             own = [command for command in kind.taken_by if name == "store" and command.split()[0] in thing]
-            commands = sorted(own or kind.taken_by)
+            commands = sorted(set(own or kind.taken_by) - ({"demo"} if not all_of_them else set()))
             if all_of_them:
-                found += [(name, thing, command) for command in sorted(kind.taken_by)]
+                # The demo is measured whole, and takes no model: a few places for its report will do.
+                found += [
+                    (name, thing, command)
+                    for command in sorted(kind.taken_by)
+                    if command != "demo" or ("report.html" in thing and drawn % 3 == 0)
+                ]
             elif drawn % 4 == 0:
                 found.append((name, thing, commands[drawn // 4 % len(commands)]))
     return found

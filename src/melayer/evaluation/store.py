@@ -28,10 +28,22 @@ _TODO = "Give another place, or remove it."
 _RANK = "eval.rank*.jsonl"
 
 
-class _KeptShared(TypedDict):
-    """What all answers of a file have in common: they are of a model."""
+class _KeptModel(TypedDict):
+    """Whose answers they are."""
 
-    model: dict[str, Any]
+    name: str
+    fingerprint: str
+    dtype: str
+
+
+class _KeptShared(TypedDict):
+    """What all answers of a file have in common, as its page shows it."""
+
+    model: _KeptModel
+    chat: bool
+    batch_size: int
+    device: str
+    versions: dict[str, str]
 
 
 class _KeptSettings(TypedDict):

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ class Benchmark:
 
 FEWSHOT_SEED = 1234
 """lm-eval's own default, so that both ask the same questions."""
+_FILES = "Look at the files of --data DIR, or leave it out."
 ANSWER_TOKENS = 256
 """What lm-eval's model class allows where a task names no number."""
 
@@ -95,9 +95,11 @@ def load_tasks(
     if data is not None and not (is_there(Path(data)) and Path(data).is_dir()):
         raise InputError(f"There is no directory {data}. Give the one that holds the benchmarks' files.")
     with quiet(), hub_code(trust_remote_code) as refused:
-        _check_names([name for name in names if name not in BENCHMARKS])
+        manager = _manager_of([name for name in names if name not in BENCHMARKS])
         benchmarks = tuple(
-            _known(name, None if data is None else Path(data), fewshot) if name in BENCHMARKS else _other(name, fewshot)
+            _known(name, None if data is None else Path(data), fewshot)
+            if name in BENCHMARKS
+            else _other(name, fewshot, manager)
             for name in names
         )
     if refused:  # lm-eval leaves such a metric out with a line in its log
@@ -159,20 +161,22 @@ def _known(name: str, data: Path | None, fewshot: int | None) -> Benchmark:
                 unused = {"training_split": "train", "validation_split": "validation"}
                 child |= {key: None for key, split in unused.items() if split not in rows}
             children.append(child)
+        manager = _manager(known.folder)
         if found.splits:
-            tasks, unread = _loaded_from_rows(children, known.folder)
+            tasks, unread = _loaded_from_rows(children, manager)
         else:
-            tasks = _loaded(children, known.folder)
+            tasks = _loaded(children, manager, _FILES)
     files = {} if data is None or not local else {file: sha256_of(data / file) for file in known.files.values()}
     return Benchmark(name, tasks, known.primary, files, known.cite, known.fields, unread, notes=found.notes)
 
 
-def _other(name: str, fewshot: int | None) -> Benchmark:
+def _other(name: str, fewshot: int | None, manager: Any) -> Benchmark:
     overrides = {} if fewshot is None else {"num_fewshot": fewshot}
-    return Benchmark(name, _loaded([{"task": name, **overrides}], None), (), {})
+    todo = f"Give other names; of local files (--data DIR) {', '.join(NAMES)} can be made."
+    return Benchmark(name, _loaded([{"task": name, **overrides}], manager, todo), (), {})
 
 
-def _loaded_from_rows(children: Sequence[dict[str, Any]], folder: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _loaded_from_rows(children: Sequence[dict[str, Any]], manager: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The tasks of rows at hand, without those that a task's own preparation fails on, and why it does."""
 
     def made(rows_of: Mapping[str, Mapping[str, Rows]]) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def _loaded_from_rows(children: Sequence[dict[str, Any]], folder: str) -> tuple[
             | {"custom_dataset": custom_dataset(rows_of[child["task"]])}
             for child in children
         ]
-        return _loaded(given, folder)
+        return _loaded(given, manager, _FILES)
 
     rows = {child["task"]: child["rows"] for child in children}
     try:
@@ -192,7 +196,7 @@ def _loaded_from_rows(children: Sequence[dict[str, Any]], folder: str) -> tuple[
         for task, splits in rows.items():
             kept[task] = {}
             for split, of_split in splits.items():
-                why = [_unprepared(task, folder, row) for row in of_split]
+                why = [_unprepared(task, manager, row) for row in of_split]
                 kept[task][split] = [row for row, fault in zip(of_split, why, strict=True) if fault is None]
                 unread |= {f"{task}, row {place} of {split}": fault for place, fault in enumerate(why) if fault}
         if not unread or not all(of_split for splits in kept.values() for of_split in splits.values()):
@@ -200,13 +204,13 @@ def _loaded_from_rows(children: Sequence[dict[str, Any]], folder: str) -> tuple[
         return made(kept), unread
 
 
-def _unprepared(task: str, folder: str, row: Mapping[str, Any]) -> str | None:
+def _unprepared(task: str, manager: Any, row: Mapping[str, Any]) -> str | None:
     """Why a task's preparation of its rows fails on this one; None where it does not."""
     import datasets
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        prepare = load_yaml(_manager(folder).task_index[task].yaml_path).get("process_docs")
+        prepare = load_yaml(manager.task_index[task].yaml_path).get("process_docs")
         alone = datasets.Dataset.from_list([dict(row)])
         list(alone if prepare is None else prepare(alone))
     except Exception as error:  # noqa: BLE001 - whatever a task's own code raises over a row
@@ -214,7 +218,6 @@ def _unprepared(task: str, folder: str, row: Mapping[str, Any]) -> str | None:
     return None
 
 
-@cache
 def _manager(folder: str | None) -> Any:
     """lm-eval's list of tasks: of one folder, or all."""
     import lm_eval.tasks
@@ -226,16 +229,10 @@ def _manager(folder: str | None) -> Any:
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(path))
 
 
-def _loaded(children: Sequence[dict[str, Any]], folder: str | None) -> dict[str, Any]:
+def _loaded(children: Sequence[dict[str, Any]], manager: Any, todo: str) -> dict[str, Any]:
     import datasets
 
-    manager = _manager(folder)
     name = children[0]["task"]
-    todo = (
-        f"Give other names; of local files (--data DIR) {', '.join(NAMES)} can be made."
-        if folder is None
-        else "Look at the files of --data DIR, or leave it out."
-    )
     with border(f"lm-eval cannot make the task {name}", todo):
         try:
             return dict(manager.load({"group": "melayer", "task": list(children)})["tasks"])
@@ -246,9 +243,10 @@ def _loaded(children: Sequence[dict[str, Any]], folder: str | None) -> dict[str,
             ) from error
 
 
-def _check_names(names: Sequence[str]) -> None:
+def _manager_of(names: Sequence[str]) -> Any:
+    """lm-eval's list of all its tasks, in which these are; None where none is asked for."""
     if not names:
-        return
+        return None
     for name in names:
         if Path(name).suffix in (".yaml", ".yml") or "/" in name or "\\" in name:
             raise InputError(
@@ -256,7 +254,8 @@ def _check_names(names: Sequence[str]) -> None:
                 "that would run. Give the name of one of lm-eval's tasks."
             )
     with border("lm-eval's list of tasks cannot be read", "Install 'melayer[eval]' anew."):
-        every = set(_manager(None).all_tasks)
+        manager = _manager(None)
+        every = set(manager.all_tasks)
     for name in names:
         if name not in every:
             near = difflib.get_close_matches(name, [*NAMES, *sorted(every)], n=4)
