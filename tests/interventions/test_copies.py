@@ -224,8 +224,11 @@ def test_blocks_that_share_their_attention_are_refused():
     mask_of(layers=[4, 7]).attach(model)
 
 
-@pytest.mark.parametrize("around", [lambda model: model, lambda model: lambda *args, **kwargs: model(*args, **kwargs)])
-@pytest.mark.parametrize("when", ["before", "inside"])
+@pytest.mark.parametrize(
+    ("when", "around"),
+    [("before", lambda model: lambda *args, **kwargs: model(*args, **kwargs)), ("inside", lambda model: model)],
+    ids=["a function, before", "the model, inside"],
+)
 def test_compiled_code_is_masked_or_refused(when, around):
     model, mask = model_of("llama"), mask_of(rate=1.0)
     ids = torch.tensor([TEXT])

@@ -209,6 +209,7 @@ def _checked_config(method: Method, options: TuneOptions, request: MaskRequest) 
     if request.rate is None and request.blocks is not None:
         raise InputError("--layers says which blocks are masked, but there is no mask. Add --mask-rate.")
     chosen = options.training
+    training_config.check(method, {"seed": chosen.seed}, masked=False)
     config = {} if chosen.config is None else training_config.read(chosen.config)
     return training_config.check(method, {**config, **chosen.overrides()}, masked=request.rate is not None)
 

@@ -59,6 +59,7 @@ def planned(subject: Subject, data: Any, job: TrainingJob, row_options: RowOptio
     mask = None if job.mask is None else job.mask.fixed(subject.decoder)
     given = training_config.read(Path(job.config)) if isinstance(job.config, (str, Path)) else job.config or {}
     given = training_config.check(job.method, given, masked=mask is not None)
+    training_config.check(job.method, {"seed": job.seed}, masked=False)
     config = training_config.resolve(
         job.method,
         given,
