@@ -191,6 +191,11 @@ def test_what_is_not_needed_is_not_tokenised(monkeypatch):
     assert len(found.ids) > 50
     assert list(found.ids[:50]) == tokenizer("w1 w22 " * 100)["input_ids"][:50]
     assert max(seen) <= 1000
+    assert sum(seen) < 10_000
+    # Where all of it is needed, no more than a piece is tokenised at once either: that is what bounds the memory.
+    seen.clear()
+    assert Ids.of(tokenizer, None).of_text("w1 w22 " * 3_000).whole
+    assert max(seen) <= 1000
 
 
 @pytest.mark.demo
