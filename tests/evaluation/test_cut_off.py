@@ -144,7 +144,7 @@ def test_it_stands_beside_the_score_with_a_warning(run):
     (note,) = run.result.notes
     assert note == (
         "More than 5% of the answers to xstest were cut off at 5 tokens (6 of 6 under plain): its scores are of what "
-        "came before, and can be too low by as much. Raise --max-new-tokens (load_tasks(max_new_tokens=...))."
+        "came before, and can be off by as much. Raise --max-new-tokens (load_tasks(max_new_tokens=...))."
     )
     values = run.result.to_dict()
     assert [score["n_cut"] for score in values["scores"]] == [3, 3, None]

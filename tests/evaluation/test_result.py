@@ -22,7 +22,7 @@ def test_the_sentence_counts_what_is_shown():
     # 6 of 6 in one direction: p = 0.016, and 0.047 corrected for three.
     assert result().sentence == (
         "Of 3 comparisons with plain, corrected for their number (Holm), 1 show a gain (up on t), 1 a loss (down on "
-        "t), and 1 no difference."
+        "t), and 1 neither."
     )
     values = {"plain": [0] * 20, "up": [1] * 20}
     both = settings({"s": {"m": metric(), "n": metric(rising=False)}, "t": {"m": metric()}}, list(values))
@@ -33,7 +33,7 @@ def test_the_sentence_counts_what_is_shown():
     # Where a task is judged by two metrics, they are named.
     assert found.sentence == (
         "Of 3 comparisons with plain, corrected for their number (Holm), 2 show a gain (up on s m, up on t), 1 a loss "
-        "(up on s n), and 0 no difference."
+        "(up on s n), and 0 neither."
     )
     assert [found.place(change) for change in found.changes] == ["s m", "s n", "t"]
 

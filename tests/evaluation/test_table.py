@@ -12,7 +12,7 @@ from rendering import printed
 
 EXPECTED = """
 Of 2 comparisons with plain, corrected for their number (Holm), 0 show a gain, 1 a loss
-([red]<b>:x:</b>[/] on wikitext2), and 1 no difference.
+([red]<b>:x:</b>[/] on wikitext2), and 1 neither.
 A note on [red]<b>:x:</b>[/].
 
 Scores

@@ -9,7 +9,7 @@ from typing import Any
 
 CUT_SHARE = 0.05
 """From this share of answers cut off on it is said beside the score: one that is cut off is nearly always counted as
-wrong, so that a score can be too low by as much, and a difference of 5 points is what a few hundred items show."""
+wrong, so that a score can be off by as much, and a difference of 5 points is what a few hundred items show."""
 
 
 @contextmanager

@@ -61,18 +61,38 @@ def encoded_pair(lm: Any, context: str, continuation: str) -> tuple[list[int], l
 
 
 def unfit(lm: Any, requests: Sequence[Any]) -> str | None:
-    """Why lm-eval cannot take what is asked about an item; None where it can."""
+    """Why lm-eval cannot take what is asked about an item; None where it can.
+
+    The tokens of a choice are counted where its text leaves a doubt: a long prompt takes a while.
+    """
     for request in requests:
         if request.request_type != "loglikelihood":
             continue
-        context, continuation = encoded_pair(lm, *request.args)
-        if not continuation:
-            return f"{request.args[1]!r} has no tokens"
-        if len(continuation) > lm.max_length:
-            return f"a choice has {len(continuation)} tokens, and the model has room for {lm.max_length}"
-        if not context:
+        context, choice = request.args
+        if choice.strip() and len(choice.encode()) < lm.max_length and (not context or context.strip()):
+            continue
+        before, after = encoded_pair(lm, context, choice)
+        if not after:
+            return f"{choice!r} has no tokens"
+        if len(after) > lm.max_length:
+            return f"a choice has {len(after)} tokens, and the model has room for {lm.max_length}"
+        if not before:
             return "its question has no tokens"
     return None
+
+
+def lost(lm: Any, requests: Sequence[Any]) -> int:
+    """Tokens at the beginning of an item's prompt that lm-eval leaves out for want of room."""
+    kind = requests[0].request_type
+    if kind == "generate_until":
+        room = int(lm.max_length) - int(requests[0].args[1]["max_gen_toks"])
+        return max(0, len(lm.tok_encode(requests[0].args[0])) - room)
+    if kind != "loglikelihood":
+        return 0  # a long text is scored in several windows, all of it
+    longest = max(requests, key=lambda request: sum(map(len, request.args)))
+    if sum(len(text.encode()) for text in longest.args) < lm.max_length:  # a token has at least one byte
+        return 0
+    return max(0, sum(map(len, encoded_pair(lm, *longest.args))) - int(lm.max_length) - 1)
 
 
 def left_out_note(task: str, left_out: Mapping[str, str], n: int, what: str) -> str:

@@ -15,7 +15,7 @@ from melayer.data.chat import render
 from melayer.data.tokens import Affixes, Ids
 from melayer.errors import InputError, border, reason, require_known
 from melayer.evaluation.cut_off import watched
-from melayer.evaluation.faults import encoded_pair, fault, left_out_note, unfit
+from melayer.evaluation.faults import encoded_pair, fault, left_out_note, lost, unfit
 from melayer.evaluation.settings import MetricSettings
 from melayer.evaluation.tasks import FEWSHOT_SEED, Benchmark, quiet
 
@@ -240,17 +240,7 @@ def _requests(task: Any, place: int, doc: Any, system: str | None, options: Mapp
 def _item(key: str, task: Any, requests: Sequence[Any], lm: Any) -> Item:
     asked = repr([request.args for request in requests])
     digest = hashlib.sha256(asked.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
-    return Item(key, task, tuple(requests), str(requests[0].args[0]), digest, max(_lost(one, lm) for one in requests))
-
-
-def _lost(request: Any, lm: Any) -> int:
-    """Tokens at a prompt's beginning that lm-eval leaves out for want of room."""
-    if request.request_type == "generate_until":
-        room = int(lm.max_length) - int(request.args[1]["max_gen_toks"])
-        return max(0, len(lm.tok_encode(request.args[0])) - room)
-    if request.request_type == "loglikelihood":
-        return max(0, sum(map(len, encoded_pair(lm, *request.args))) - int(lm.max_length) - 1)
-    return 0  # a long text is scored in several windows, all of it
+    return Item(key, task, tuple(requests), str(requests[0].args[0]), digest, lost(lm, requests))
 
 
 def item_batches(items: Sequence[Item], lm: Any) -> list[list[Item]]:

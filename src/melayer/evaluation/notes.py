@@ -52,7 +52,7 @@ def _cut_off(task: str, limit: int | None, by_variant: Mapping[str, Rows]) -> It
     if much:
         yield (
             f"More than {CUT_SHARE:.0%} of the answers to {task} were cut off at {limit} tokens ({', '.join(counts)}): "
-            "its scores are of what came before, and can be too low by as much. Raise --max-new-tokens "
+            "its scores are of what came before, and can be off by as much. Raise --max-new-tokens "
             "(load_tasks(max_new_tokens=...))."
         )
     if unknown:

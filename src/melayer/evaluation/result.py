@@ -177,7 +177,7 @@ class EvalResult:
         return (
             f"Of {len(judged)} comparisons with {judged[0].base}, corrected for their number (Holm), {len(gains)} show "
             f"a gain{named(gains)}, {len(losses)} a loss{named(losses)}, and {len(judged) - len(gains) - len(losses)} "
-            "no difference."
+            "neither."
         )
 
     def place(self, change: Change) -> str:

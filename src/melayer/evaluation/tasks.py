@@ -263,6 +263,7 @@ def _manager_of(names: Sequence[str]) -> Any:
             raise InputError(
                 f"There is no task {name!r}; expected one of {', '.join(NAMES)} or one of lm-eval's. {hint}"
             )
+    return manager
 
 
 @contextmanager
