@@ -82,7 +82,7 @@ def memory_of(value: str | None) -> dict[int | str, str] | None:
         device, equals, size = item.strip().partition("=")
         if not (equals and device and re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", size.strip(), re.IGNORECASE)):
             raise InputError(f"--max-memory {value!r} was given; expected e.g. 0=20GiB,cpu=60GiB.")
-        sizes[int(device) if device.isdigit() else device] = size.strip()
+        sizes[int(device) if re.fullmatch(r"[0-9]{1,9}", device) else device] = size.strip()
     return sizes
 
 
@@ -92,7 +92,7 @@ def blocks_of(option: str, value: str | None) -> list[range] | None:
         return None
     blocks = []
     for item in value.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:([-:])\s*(\d*)\s*)?", item)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:([-:])\s*(\d{0,9})\s*)?", item)
         if match is None or (match[2] == ":" and match[3]):
             raise InputError(
                 f"{option} {value!r} was given; expected blocks counted from 0, for example 11 or 2,9-11 or 12-."

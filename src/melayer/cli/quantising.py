@@ -12,7 +12,7 @@ from melayer.cli.options import MaskedBlocks, MaskRate, Model, Options, Selector
 from melayer.cli.output import answer, command_line, require_writable
 from melayer.cli.parsing import blocks_of, items_of, layers_of
 from melayer.cli.session import load, progress
-from melayer.errors import InputError
+from melayer.errors import InputError, border
 from melayer.runs import ours
 
 commands = typer.Typer()
@@ -77,7 +77,8 @@ def quant_check_command(  # noqa: PLR0913 - one parameter an option
         ours.require([out / FILE, *QuantCheckResult.files_of(out)])
     loaded = load(model, options.model.loading())
     if prefix is not None:
-        arguments["prefix"] = loaded.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+        with border("--prefix cannot be tokenised", "Give the text that every sequence begins with."):
+            arguments["prefix"] = loaded.tokenizer(prefix, add_special_tokens=False)["input_ids"]
         if not arguments["prefix"]:
             raise InputError(f"--prefix {prefix!r} gives no tokens. Give the text that every sequence begins with.")
     arguments["layers"] = layers_of(blocks, loaded, arguments["parts"])
