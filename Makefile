@@ -11,7 +11,7 @@ DEMO := tools/demo-requirements.txt
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .DELETE_ON_ERROR:
-.PHONY: demo test sdist-test test-matrix lint format demo-model clean
+.PHONY: demo test hostile fuzz sdist-test test-matrix lint format demo-model clean
 
 # torch goes in first and by itself: pulled in by another package it would be whatever build that package asks for.
 $(VENV)/core-installed: pyproject.toml Makefile tools/install_torch.py
@@ -37,6 +37,15 @@ demo: demo-model
 # nothing left takes the last tests of another, so that those of one file stay together as far as can be.
 test: $(VENV)/dev-installed demo-model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=20
+
+# Everything hostile with every command; `make test` takes a part of it.
+hostile: $(VENV)/dev-installed demo-model
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/hostile --hostile=all
+
+# Bytes led by coverage in what reads files of ours and of others. SECONDS for all targets together.
+SECONDS ?= 60
+fuzz: $(VENV)/dev-installed
+	$(BIN)/python tools/fuzz.py --seconds $(SECONDS)
 
 # The tests once more, from the source distribution, unpacked where nothing else lies. TESTS names some of them.
 sdist-test: $(VENV)/dev-installed demo-model

@@ -82,7 +82,7 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
 }
 SETTINGS = {
     "model": "0", "data": {}, "sites": ["block_out"], "max_tokens": 8, "truncate": False, "bos": None, "limit": None,
-    "criterion": {}, "formats": [], "mask": None,
+    "criterion": {}, "formats": [], "mask": None, "reading": 2,
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_the_long_enough_sequences_vote_or_all_where_there_are_none():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"min_abs": -1}, "min_abs is -1; expected a number of at least 0"),
+        ({"min_abs": -1}, "min_abs is -1; expected a number from 0 to 3.4e.38, the largest of float32"),
         ({"min_ratio": float("nan")}, "min_ratio is nan"),
         ({"persistence": 1.5}, "persistence is 1.5; expected a share between 0 and 1"),
         ({"majority": -0.1}, "majority is -0.1"),

@@ -169,6 +169,7 @@ def _settings(subject: Subject, corpus: Corpus, plan: ScanPlan) -> ScanSettings:
         "criterion": asdict(plan.criterion),
         "formats": list(plan.formats),
         "mask": None if plan.mask is None else repr(replace(plan.mask, made_for=None)),
+        "reading": scan_state.READING,
     }
     return cast(ScanSettings, writable(settings))  # a name in another encoding is kept as its escapes
 

@@ -23,6 +23,9 @@ PATTERN = "scan.*.state"
 """The files of a scan's directory in which each process keeps what it has found: archives of arrays, each part of
 which has its checksum in the archive."""
 _TODO = "Give another place, or remove it."
+READING = 2
+"""The way in which documents become sequences. The first one put a begin-of-sequence token before texts that bring
+theirs, and read JSON by the name of its file: its figures are not mixed with those of today."""
 
 
 class ScanSettings(TypedDict):
@@ -40,6 +43,8 @@ class ScanSettings(TypedDict):
     criterion: dict[str, Any]
     formats: list[str]
     mask: str | None
+    reading: int
+    """`READING`: how documents become sequences."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,12 @@ def _convert_locked(path: Path, source: str, root: Path, entry: Path) -> None:
     for left in root.glob(f"{entry.name}.*.tmp"):
         shutil.rmtree(left)
     if entry.exists():
-        shutil.rmtree(entry)
+        if entry.is_symlink() or not (entry / MANIFEST).is_file():
+            raise ModelError(
+                f"{entry}, where the conversion of {path.name} belongs, was not written by melayer, so it is left as it "
+                "is. Move it away, or name another directory in the environment variable MELAYER_CACHE."
+            )
+        shutil.rmtree(entry)  # an entry of ours, which is damaged
     with staged_directory(entry) as working:
         _write_entry(path, source, working)
 

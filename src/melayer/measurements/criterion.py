@@ -17,6 +17,10 @@ WHOLE_SHARE = 0.90
 """What one block (single) or two or three stages together (staged) must add."""
 
 
+LARGEST = 3.4e38
+"""Activations are compared in float32, which has no threshold above."""
+
+
 @dataclass(frozen=True)
 class Criterion:
     """What counts as massive, and when a block is the ME layer.
@@ -39,8 +43,10 @@ class Criterion:
     def __post_init__(self) -> None:
         """Refuse thresholds that no activation can meet or miss."""
         for name in ("min_abs", "min_ratio"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; expected a number of at least 0.")
+            if not 0 <= getattr(self, name) <= LARGEST:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; expected a number from 0 to {LARGEST:g}, the largest of float32."
+                )
         for name in ("persistence", "majority"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1.")
