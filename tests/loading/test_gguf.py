@@ -70,6 +70,19 @@ def test_a_damaged_entry_is_made_again(gguf_file, tmp_path, damage):
     assert weights.read_bytes() == content
 
 
+@pytest.mark.parametrize("kind", ["directory", "link"])
+def test_what_others_put_in_its_place_stays(gguf_file, tmp_path, kind):
+    entry = gguf.convert(gguf_file, cache=tmp_path / "other").name
+    place, theirs = tmp_path / "gguf" / entry, tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "note").write_text("mine")
+    place.parent.mkdir()
+    theirs.rename(place) if kind == "directory" else place.symlink_to(theirs)
+    with pytest.raises(ModelError, match="was not written by melayer, so it is left as it is. Move it away"):
+        gguf.convert(gguf_file, cache=tmp_path)
+    assert (place / "note").read_text() == "mine"
+
+
 def converting(file, cache, at_once, told):
     """Run in processes of their own; each says when it writes."""
     write = gguf._write_entry

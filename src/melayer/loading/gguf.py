@@ -103,8 +103,8 @@ def _convert_locked(path: Path, source: str, root: Path, entry: Path) -> None:
     if entry.exists():
         if entry.is_symlink() or not (entry / MANIFEST).is_file():
             raise ModelError(
-                f"{entry}, where the conversion of {path.name} belongs, was not written by melayer, so it is left as it "
-                "is. Move it away, or name another directory in the environment variable MELAYER_CACHE."
+                f"{entry}, where the conversion of {path.name} belongs, was not written by melayer, so it is left as "
+                "it is. Move it away, or name another directory in the environment variable MELAYER_CACHE."
             )
         shutil.rmtree(entry)  # an entry of ours, which is damaged
     with staged_directory(entry) as working:
