@@ -46,6 +46,12 @@ def test_terminals_are_known_to_the_command_line_progress_and_tables():
         assert name.startswith("cli/") or name == "runs/progress.py" or name.endswith(("/table.py", "/tables.py")), name
 
 
+def test_chat_templates_run_in_one_module():
+    """They are programs, which run within limits there; what lm-eval calls leads there, too."""
+    calling = {name for name, source in SOURCES.items() if ".apply_chat_template(" in source}
+    assert calling == {"data/chat.py"}
+
+
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*(n for n in ('torch', 'transformers', 'plotly') if n in sys.modules))"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from melayer.data.chat import render
 from melayer.data.documents import require_characters
 from melayer.data.entries import BadRowError
 from melayer.data.tokens import Affixes
+from melayer.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -199,9 +201,10 @@ class Shape:
     def _length(self, value: Any) -> int:
         if isinstance(value, str):
             return self._known(self.tokenizer(value)["input_ids"]) + 1  # the end of text
-        text = self.tokenizer.apply_chat_template(
-            value, tokenize=False, add_generation_prompt=value[-1]["role"] != "assistant"
-        )
+        try:
+            text = render(self.tokenizer, value, add_generation_prompt=value[-1]["role"] != "assistant")
+        except InputError as error:  # the template refuses this conversation, and perhaps no other
+            raise BadRowError(str(error).rstrip(".")) from error
         return self._known(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _known(self, ids: list[int]) -> int:

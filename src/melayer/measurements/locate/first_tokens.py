@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from melayer.data.chat import render
 from melayer.data.rows import Row, batches, token_text
 from melayer.errors import InputError, border
 from melayer.measurements.criterion import Criterion, find_me_layer, voting
@@ -88,7 +89,7 @@ def _template_start(subject: Subject, notes: list[str]) -> int | None:
         return None
     try:
         with border("The chat template cannot be applied", "Its first token was not looked at."):
-            text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+            text = render(tokenizer, [{"role": "user", "content": "a"}])
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except InputError as error:
         notes.append(str(error))
