@@ -13,7 +13,7 @@ import numpy as np
 
 from melayer.data.chat import render
 from melayer.data.rows import Row, batches, token_text
-from melayer.errors import InputError, border
+from melayer.errors import InputError, border, reason
 from melayer.measurements.criterion import Criterion, find_me_layer, voting
 from melayer.measurements.locate.figures import FirstToken, FirstTokens, Start
 from melayer.measurements.summaries import SequenceSummary, holding_of, summaries_of
@@ -92,7 +92,8 @@ def _template_start(subject: Subject, notes: list[str]) -> int | None:
             text = render(tokenizer, [{"role": "user", "content": "a"}])
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except InputError as error:
-        notes.append(str(error))
+        why = reason(error.__cause__ or error)
+        notes.append(f"The chat template cannot be applied: {why}. Its first token was not looked at.")
         return None
     return int(ids[0]) if ids else None
 
