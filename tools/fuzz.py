@@ -1,11 +1,11 @@
 """Bytes of any kind as the files that melayer reads: each ends in what was read or in an error of ours.
 
-    python tools/fuzz.py --seconds 60                  # all targets, one after another, 15 seconds each
+    python tools/fuzz.py --seconds 60                  # all targets, one after another, 12 seconds each
     python tools/fuzz.py --seconds 3600 --jobs 2 --keep    # an hour, and what was found goes into the corpus
 
 atheris makes the bytes, led by the branches of melayer that they reach. The corpus lies in `tests/fuzz_corpus`, a
-directory for each target; `tests/test_fuzz.py` gives every file in it to its target. Whatever else is raised, hangs for two
-minutes or takes over 2 GB ends the run with exit code 1, and the bytes are kept in `build/fuzz`.
+directory for each target; `tests/test_fuzz.py` gives every file in it to its target. Whatever else is raised, hangs for
+two minutes or takes over 2 GB ends the run with exit code 1, and the bytes are kept in `build/fuzz`.
 """
 
 from __future__ import annotations
