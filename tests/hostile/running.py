@@ -153,8 +153,6 @@ class Ran:
     """Files and directories that were not there before, anywhere but in the place for its results."""
     in_out: list[str]
     """Those in the place for its results."""
-    made_out: bool
-    """Whether that place was made."""
     changed: list[str]
     """What was there before and is gone or another."""
 
@@ -175,7 +173,7 @@ def run(line: Sequence[str], place: Path, out: Path, watched: Sequence[Path], st
     typed = place / "stdin"
     typed.write_text(stdin)
     before = {path: snapshot(path) for path in [*watched, out]}
-    said, there = place / "stdout", out.exists()
+    said = place / "stdout"
     process = children.started(
         _typed,
         list(line),
@@ -207,7 +205,6 @@ def run(line: Sequence[str], place: Path, out: Path, watched: Sequence[Path], st
         children.errors_of(said).read_bytes().decode("utf-8", "replace"),
         new,
         [name for name in after[out] if name not in before[out]],
-        not there and out.exists(),
         changed,
     )
 
@@ -225,7 +222,6 @@ def require_polite(ran: Ran) -> None:
         assert ran.stderr.startswith("melayer: ") or "Note: " in ran.stderr or "Error" in ran.stderr, said
         assert ran.stdout == "", f"{said}\n{ran.stdout[:500]}"
         assert not ran.in_out, f"{ran.in_out} half written: {said}"
-        assert not ran.made_out, f"an empty directory is left over: {said}"
     elif "--json" in ran.line:
         json.loads(ran.stdout, parse_constant=_refused)
 

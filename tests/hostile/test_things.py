@@ -151,7 +151,7 @@ def test_each_kind_is_given_to_each_of_its_commands():
 
 def test_impolite_commands_are_found(tmp_path):
     """The check itself: each way to misbehave is seen."""
-    ran = running.Ran(["locate", "x"], 2, "", "melayer: no.\n", [], [], False, [])
+    ran = running.Ran(["locate", "x"], 2, "", "melayer: no.\n", [], [], [])
     running.require_polite(ran)
     for changes in (
         {"code": 1},
@@ -161,7 +161,6 @@ def test_impolite_commands_are_found(tmp_path):
         {"stderr": "melayer: a\nb\nc\nd\n"},
         {"new": ["tmp/x"]},
         {"in_out": ["report.html"]},
-        {"made_out": True},
         {"changed": ["x"]},
         {"code": 0, "line": ["locate", "--json"], "stdout": "{"},
         {"code": 0, "line": ["locate", "--json"], "stdout": '{"a": NaN}'},

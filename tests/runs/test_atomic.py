@@ -1,7 +1,6 @@
 """A directory that appears whole or not at all, on the disk before anybody hears of it."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,22 +40,3 @@ def test_a_place_that_cannot_be_made_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="Not a directory"), atomic.staged_directory(tmp_path / "file" / "new"):
         pytest.fail("entered")
-
-
-def test_trying_a_place_leaves_nothing(tmp_path):
-    atomic.require_writable(tmp_path / "a" / "b")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "a").mkdir()
-    atomic.require_writable(tmp_path / "a" / "b")
-    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
-    with pytest.raises(OSError, match="Not a directory"):
-        (tmp_path / "file").write_text("")
-        atomic.require_writable(tmp_path / "file" / "b")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "file"]
-
-
-def test_several_may_try_one_place_at_once(tmp_path):
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: atomic.require_writable(tmp_path / "a" / "b"), range(200)))
-    # Who finds the other's directory does not take it away, so an empty one may stay.
-    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]

@@ -1,10 +1,10 @@
 """What melayer wrote is told from what others did, by what the file says of itself and by what kind of thing it is."""
 
-import hostile_stores
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from hostile import stores
 from melayer.errors import OutputError
 from melayer.runs import atomic, ours
 
@@ -67,18 +67,18 @@ def test_others(tmp_path, name):
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("kind", hostile_stores.KINDS)
+@pytest.mark.parametrize("kind", stores.KINDS)
 @pytest.mark.parametrize("own", [False, True])
 def test_whatever_is_there_stays(tmp_path, kind, own):
     path = tmp_path / "file"
-    hostile_stores.KINDS[kind](path)
-    before = hostile_stores.found(tmp_path)
+    stores.KINDS[kind](path)
+    before = stores.found(tmp_path)
     plain = ours.is_file(path)
     if own and plain:
         return
     with pytest.raises(OutputError, match="file (is|was not)"):
         atomic.write_text(path, "new", own=own)
-    assert hostile_stores.found(tmp_path) == before
+    assert stores.found(tmp_path) == before
 
 
 def test_nothing_is_ours_to_write(tmp_path):
@@ -92,6 +92,6 @@ def test_nothing_is_ours_to_write(tmp_path):
 
 @pytest.mark.parametrize("kind", ["a directory", "a pipe"])
 def test_what_is_no_file_is_not_read(tmp_path, kind):
-    hostile_stores.KINDS[kind](tmp_path / "x")
+    stores.KINDS[kind](tmp_path / "x")
     with pytest.raises(OSError, match="and no file"):
         ours.read_bytes(tmp_path / "x")

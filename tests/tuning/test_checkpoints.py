@@ -13,7 +13,7 @@ import children
 import melayer
 import small_runs
 import toys
-from melayer.errors import InputError, OutputError, TrainingError
+from melayer.errors import InputError, MelayerWarning, OutputError, TrainingError
 from melayer.tuning import checkpoints, run_directory, trainers
 
 JOBS = {
@@ -222,14 +222,12 @@ def test_a_run_that_is_refused_leaves_nothing_and_the_corrected_one_runs_there(c
     there = tmp_path / "there"
     there.mkdir()
     (there / "notes.txt").write_text("mine")
-    (there / "log.jsonl").write_text("mine, too\n")
     for out in (tmp_path / "a" / "b", there):
         before = listing(tmp_path)
         with pytest.raises(InputError, match=said) as refused:
             job("sft", out, config={**config, "max_steps": 1})
         assert "\n" not in str(refused.value)
         assert listing(tmp_path) == before
-    assert (there / "log.jsonl").read_text() == "mine, too\n"
     assert job("sft", tmp_path / "a" / "b", config={"max_steps": 1}).steps == 1
 
 
@@ -285,9 +283,7 @@ def test_a_checkpoint_that_is_damaged_is_said_and_the_one_before_it_goes_on(name
     whole = file.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"\0" * 64):
         file.write_bytes(damaged)
-        with pytest.raises(
-            InputError, match=r"Remove .*checkpoint-4 to go on from the checkpoint before it"
-        ) as refused:
+        with pytest.raises(InputError, match=r"checkpoint-4.* Remove (it|that directory|.*checkpoint-4)") as refused:
             job("sft", out, resume=True, config={"logging_steps": 1})
         assert "\n" not in str(refused.value)
     shutil.rmtree(out / "checkpoint-4")  # the advice
@@ -307,9 +303,13 @@ def test_a_state_of_another_form_is_refused(tmp_path):
     stopped_after(out, 2)
     file = out / "checkpoint-2" / "melayer_state_0.pt"
     good = torch.load(file, weights_only=True)
+    (out / "checkpoint-2" / "melayer_checkpoint.json").unlink()  # or the checksum would tell
     for changes in STATES.values():
         torch.save({**good, **changes} if changes and isinstance(changes, dict) else changes, file)
-        with pytest.raises(InputError, match="melayer_state_0.pt cannot be read: it"):
+        with (
+            pytest.warns(MelayerWarning, match="has no checksums"),
+            pytest.raises(InputError, match="melayer_state_0.pt cannot be read: it"),
+        ):
             job("sft", out, resume=True, config={"logging_steps": 1})
 
 

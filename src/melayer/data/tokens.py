@@ -7,6 +7,7 @@ that is not added. What a text brings itself stays, however much of it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ PIECE = 1 << 16
 _SEEN = 256  # characters on either side of a cut that have to give the same ids with and without it
 _TRIED = 96  # cuts looked at before one is made that may change ids
 _TRIED_WHOLE = 8  # of those that are right nearby, how many are tried on the whole piece
+_PROBED = 64  # tokens of the vocabulary that are tried where words of English are not known
 _WORD_ENDS = re.compile(r"(?<=\w)(?=[ \n]\w)")
 
 
@@ -48,12 +50,24 @@ class Affixes:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Affixes:
-        """Those of this tokenizer, read off short texts."""
-        for text in ("a", "the", "1"):
-            plain, whole = _call(tokenizer, text, special=False), _call(tokenizer, text, special=True)
+        """Those of this tokenizer, read off short texts: a few words, then tokens of its own vocabulary.
+
+        Raises:
+            Exception: Whatever the tokenizer raises of them all.
+        """
+        refused: Exception | None = None
+        own = (str(tokenizer.decode([token])) for token in range(min(_PROBED, len(tokenizer))))
+        for text in itertools.chain(("a", "the", "1"), own):
+            try:
+                plain, whole = _call(tokenizer, text, special=False), _call(tokenizer, text, special=True)
+            except Exception as error:  # noqa: BLE001 - a vocabulary without a token for what it does not know
+                refused = error
+                continue
             for start in range(len(whole) - len(plain) + 1):
                 if plain and whole[start : start + len(plain)] == plain:
                     return cls(tuple(whole[:start]), tuple(whole[start + len(plain) :]))
+        if refused is not None:
+            raise refused
         return cls((), ())
 
     def adds_bos(self, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -11,14 +11,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from melayer.errors import OutputError
 from melayer.runs import leftovers, ours
 from melayer.runs.json_text import well_formed
-
-_ATTEMPTS = 20
 
 
 @contextmanager
@@ -112,29 +110,15 @@ def write_text(path: Path, text: str, *, own: bool = False) -> None:
 
 
 def require_writable(directory: Path) -> None:
-    """Tries that a file can be written in a directory; one that is missing is missing again afterwards.
-
-    So a command that fails before it has written anything leaves nothing, and whoever writes makes the directory.
+    """Makes the directory if it is missing, and tries that a file can be written in it.
 
     Raises:
         OSError: It cannot.
     """
-    for attempt in range(_ATTEMPTS):
-        missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            leftovers.remove(directory)
-            with tempfile.TemporaryDirectory(dir=directory, prefix=leftovers.prefix()) as temporary:
-                Path(temporary, "file").write_bytes(b"melayer")
-            return
-        except FileNotFoundError:
-            # Another process that tries the same place has taken its directory away again.
-            if attempt + 1 == _ATTEMPTS:
-                raise
-        finally:
-            for path in missing:
-                with suppress(OSError):  # somebody has put something there meanwhile
-                    path.rmdir()
+    directory.mkdir(parents=True, exist_ok=True)
+    leftovers.remove(directory)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=leftovers.prefix()) as temporary:
+        Path(temporary, "file").write_bytes(b"melayer")
 
 
 def sync(path: Path) -> None:

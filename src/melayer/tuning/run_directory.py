@@ -73,7 +73,6 @@ def opened(out: Path, settings: TuneSettings, *, resume: bool) -> Checkpoint | N
     try:
         str(out).encode("utf-8")  # in which tokenizers take the names of files
         atomic.require_writable(out)
-        out.mkdir(parents=True, exist_ok=True)
         ours.require([out / FILE])
     except (OSError, ValueError) as error:
         raise OutputError(f"Nothing can be written to {out}: {reason(error)}. Give another directory.") from error

@@ -104,7 +104,7 @@ def test_the_figures(parts):
     assert plain[7:] == ["40.0%", "80.0%", "0.9999", "1.5", "5.5", "—", "—"]
     assert weight[3:7] == ["+2.5%", "-8.1% to +14.4%", "+0.0247", "-0.0849 to +0.1343"]
     assert (most[0], most[1], most[3], most[9]) == ("weight 1", "1,234.50", "+12245.0%", "—")
-    assert same[3:7] == ["+0.0%", "—", "+0.0000", "—"]  # no sequence differs: there is no spread
+    assert same[3:7] == ["0.0%", "—", "+0.0000", "—"]  # no sequence differs: there is no spread
 
 
 def test_bars_are_the_intervals_around_the_plain_model(parts):
