@@ -15,7 +15,7 @@ from melayer.data.documents import TextColumn
 from melayer.data.entries import BadRowError, Entry, Skipped
 from melayer.data.files import is_file, is_link, is_there, printable, require_datasets, require_file, shown
 from melayer.data.formats import Format, format_of
-from melayer.errors import InputError, border, reason
+from melayer.errors import InputError, border
 
 _SUFFIXES = (".txt", ".text", ".md", ".raw", ".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".zst")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -296,19 +296,18 @@ class _Reading:
         """The documents of a data set of the hub."""
         index = 0
         source = self.corpus.source
-        try:
-            for row in rows:
-                if index == self.stop:
+        remaining = iter(rows)
+        while index != self.stop:
+            with border(
+                f"{source} cannot be read on from document {index}",
+                "The same command goes on from what was kept with --out.",
+            ):
+                try:
+                    row = next(remaining)
+                except StopIteration:
                     return
-                yield from self._document(index, partial(_as_it_is, row), f"row {index + 1:,}")
-                index += 1
-        except Exception as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{source} cannot be read on from document {index}: {reason(error)}. The same command goes on from "
-                "what was kept with --out."
-            ) from error
+            yield from self._document(index, partial(_as_it_is, row), f"row {index + 1:,}")
+            index += 1
 
     def _document(self, index: int, value: Callable[[], Any], place: str) -> Iterator[Document | LeftOut]:
         """The document at a place, if it is asked for; whether or not, its category counts for the order of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class SweepPoint:
     perplexity_high: float | None = None
     """Ends of the 95 % interval of the perplexity, by sequence; None with a single one."""
     nll_by_sequence: tuple[float, ...] = field(default=(), repr=False)
-    """The sum of the log-losses of each sequence's tokens, in nats; empty where an older version kept the point."""
+    """The sum of the log-losses of each sequence's tokens, in nats."""
 
     @property
     def label(self) -> str:
@@ -63,7 +63,7 @@ class SweepPoint:
         """The point that `asdict` and JSON made these values of."""
         rows = {key: tuple(values[key]) for key in ("sink_rate_by_layer", "cosine_next", "cosine_peak")}
         alpha = tuple(None if row is None else tuple(row) for row in values["alpha"])
-        by_sequence = tuple(values.get("nll_by_sequence", ()))
+        by_sequence = tuple(values["nll_by_sequence"])
         return cls(**{**values, **rows, "alpha": alpha, "nll_by_sequence": by_sequence})
 
 
@@ -143,7 +143,7 @@ class SweepResult:
     def difference(self, point: SweepPoint) -> Difference | None:
         """What the mask adds to the log-loss of a token, in nats, with its interval by sequence.
 
-        None where an older version kept one of the two without its sequences.
+        None where one of the two has no log-losses by sequence.
         """
         base, other = self.plain.nll_by_sequence, point.nll_by_sequence
         if not base or len(base) != len(other):
@@ -164,17 +164,11 @@ class SweepResult:
         return said if ends is None else f"{said}, 95 % interval {change(ends[0])} to {change(ends[1])}"
 
 
-def interval_notes(points: Sequence[SweepPoint], n_sequences: int) -> list[str]:
+def interval_notes(n_sequences: int) -> list[str]:
     """What the reader has to know of the intervals."""
     said = []
     if n_sequences == 1:
         said.append("One sequence gives no intervals: give more or longer texts, or a smaller T.")
     elif n_sequences < FEW:
         said.append(f"With {n_sequences} sequences the intervals of the perplexities are rough.")
-    older = [point.label for point in points if not point.nll_by_sequence]
-    if older:
-        said.append(
-            f"An older version kept {', '.join(older)} without the sequences' log-losses, so that there are no "
-            "intervals. Give another place to measure anew."
-        )
     return said

@@ -128,7 +128,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, each by its name
         n_sequences=len(rows),
         plain=points[0],
         masked=tuple(points[1:]),
-        notes=tuple(dict.fromkeys([*located.notes, *log.notes_of(keys), *interval_notes(points, len(rows))])),
+        notes=tuple(dict.fromkeys([*located.notes, *log.notes_of(keys), *interval_notes(len(rows))])),
         located=located,
     )
 
